@@ -1,0 +1,29 @@
+"""Eight fake CPU devices for the sharding tests, and where the shared files are."""
+
+import os
+import pathlib
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = (
+        os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+    )
+
+import pytest
+
+SHARED = pathlib.Path(
+    os.environ.get("AIS_SHARED", pathlib.Path(__file__).parents[1] / ".." / "shared")
+)
+
+
+@pytest.fixture
+def shared_file():
+    """Path of a file in the shared folder; skips the test where it is absent."""
+
+    def find(name: str) -> pathlib.Path:
+        path = SHARED / name
+        if not path.exists():
+            pytest.skip(f"{name} is not in {SHARED}: set AIS_SHARED to the folder that holds it")
+        return path
+
+    return find
