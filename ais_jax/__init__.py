@@ -22,10 +22,12 @@ _EXPORTS = {
     "quantize": "ais_jax.quantize",
 }
 
-__all__ = sorted(_EXPORTS)
+__all__ = sorted([*_EXPORTS, "tasks", "train"])
 
 
 def __getattr__(name: str):
+    if name in ("train", "tasks"):
+        return importlib.import_module(f"ais_jax.{name}")
     if name in _EXPORTS:
         return getattr(importlib.import_module(_EXPORTS[name]), name)
     raise AttributeError(f"module 'ais_jax' has no attribute {name!r}")

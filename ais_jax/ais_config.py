@@ -10,8 +10,8 @@ AGGREGATIONS = ("token_mean", "sequence_mean", "sequence_sum_norm")
 POLICY_RATIOS = ("token", "sequence")
 
 
-def _setting(default, doc: str):
-    return dataclasses.field(default=default, metadata={"doc": doc})
+def _setting(default, doc: str, choices: tuple[str, ...] | None = None):
+    return dataclasses.field(default=default, metadata={"doc": doc, "choices": choices})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,11 +22,12 @@ class AISConfig:
       ValueError: a value is out of range, or two settings contradict each other.
     """
 
-    level: str = _setting("token", "what a weight is taken over: " + " | ".join(LEVELS))
+    level: str = _setting("token", "what one weight is taken over", LEVELS)
     cap: float | None = _setting(2.0, "upper bound C of the weights; null leaves them uncapped")
     coefficient: str | None = _setting(
         None,
-        "gated | shrinkage | fixed; null takes gated, and shrinkage for level sequence_product",
+        "how alpha is set; null takes gated, and shrinkage for level sequence_product",
+        COEFFICIENTS,
     )
     reliability_power: float = _setting(1.0, "p in gated: alpha is proportional to R^p")
     amplification_gain: float = _setting(1.0, "kappa in gated: alpha ~ 1 / (1 + kappa (V - 1)+)")
@@ -40,8 +41,10 @@ class AISConfig:
     dual_clip: float | None = _setting(
         None, "bound c > 1 on the loss of negative advantages (dual-clip PPO); null is off"
     )
-    policy_ratio: str = _setting("token", "token, or sequence for GSPO's length-normalised ratio")
-    aggregation: str = _setting("token_mean", " | ".join(AGGREGATIONS))
+    policy_ratio: str = _setting(
+        "token", "of the clip: per token, or GSPO's length-normalised sequence ratio", POLICY_RATIOS
+    )
+    aggregation: str = _setting("token_mean", "how the loss is averaged", AGGREGATIONS)
     max_length: int | None = _setting(
         None, "tokens a row is divided by with aggregation=sequence_sum_norm"
     )

@@ -1,0 +1,264 @@
+"""Everything a run can be told: one tree of frozen dataclasses, read from YAML.
+
+`load(path, overrides)` gives a `Config` or a `UserError` of one line. Each section checks itself;
+what concerns several sections is checked in `Config`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Sequence
+
+from ais_jax import settings
+from ais_jax.ais_config import AISConfig
+from ais_jax.mesh import MeshConfig
+from ais_jax.models.qwen3 import Qwen3Config
+from ais_jax.quantize import RECIPES
+from ais_jax.settings import setting
+from ais_jax.tasks import TASKS, countdown, sudoku
+
+
+def _at_least(section, minimum, *names: str) -> None:
+    for name in names:
+        value = getattr(section, name)
+        if value is not None and value < minimum:
+            raise ValueError(f"{name}={value} must be at least {minimum}")
+
+
+@dataclasses.dataclass(frozen=True)
+class TaskConfig:
+    """Which problems are posed, and which are kept for evaluation."""
+
+    name: str = setting("countdown", "the task", choices=TASKS)
+    train_examples: int = setting(4000, "generated problems to train on")
+    heldout_examples: int = setting(
+        1024, "generated problems for evaluation, none of them trained on"
+    )
+    seed: int = setting(0, "seed of the generator")
+    eval_file: str | None = setting(
+        None, "file of further problems to evaluate on at the end; skipped where it does not exist"
+    )
+    countdown: countdown.Options = setting(
+        doc="options of the Countdown generator", default_factory=countdown.Options
+    )
+    sudoku: sudoku.Options = setting(
+        doc="options of the Sudoku generator", default_factory=sudoku.Options
+    )
+
+    def __post_init__(self):
+        _at_least(self, 1, "train_examples", "heldout_examples")
+
+    @property
+    def options(self):
+        """Options of the chosen task's generator."""
+        return getattr(self, self.name)
+
+
+@dataclasses.dataclass(frozen=True)
+class WarmupConfig:
+    """Supervised training on demonstrations before GRPO, from random parameters."""
+
+    steps: int = setting(0, "optimizer steps; 0 skips the warm-up")
+    batch_size: int = setting(128, "demonstrations a step")
+    learning_rate: float = setting(2e-3, "peak learning rate")
+    learning_rate_warmup: int = setting(50, "steps of linear rise to the peak")
+    weight_decay: float = setting(0.0, "AdamW weight decay")
+    cache: bool = setting(True, "keep the result, and take it when the same warm-up is asked again")
+
+    def __post_init__(self):
+        _at_least(self, 0, "steps", "learning_rate_warmup", "weight_decay")
+        _at_least(self, 1, "batch_size")
+
+
+@dataclasses.dataclass(frozen=True)
+class RolloutConfig:
+    """How completions are sampled for training."""
+
+    recipe: str = setting("fp8", "quantization of the sampling copy", choices=tuple(RECIPES))
+    temperature: float = setting(1.0, "sampling temperature, the same in sampler and trainer")
+    top_p: float = setting(1.0, "must stay 1: a truncated distribution biases every ratio")
+    top_k: int = setting(0, "must stay 0, for the same reason")
+    max_prompt_tokens: int = setting(32, "prompts are padded to this length")
+    max_new_tokens: int = setting(32, "completions are cut at this length")
+    score_chunk: int = setting(128, "positions whose logits exist at the same time while scoring")
+
+    def __post_init__(self):
+        _at_least(self, 1, "max_prompt_tokens", "max_new_tokens", "score_chunk")
+        if self.temperature <= 0:
+            raise ValueError(
+                f"temperature={self.temperature} must be above 0: greedy rollouts have no ratio"
+            )
+        if self.top_p != 1 or self.top_k != 0:
+            raise ValueError(
+                f"top_p={self.top_p} and top_k={self.top_k} must be 1 and 0 in training: they "
+                "renormalise the sampled distribution and bias every importance ratio"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class GRPOConfig:
+    """Group-relative policy optimization: groups, advantages and how a batch is used."""
+
+    batch_size: int = setting(128, "completions a step")
+    group_size: int = setting(8, "completions of the same prompt")
+    advantages: str = setting(
+        "std",
+        "reward minus group mean, divided by the group's standard deviation (std), undivided as in "
+        "Dr.GRPO (mean), or minus the mean of the others (leave_one_out)",
+        choices=("std", "mean", "leave_one_out"),
+    )
+    inner_epochs: int = setting(1, "times each rollout batch is gone through")
+    minibatches: int = setting(1, "optimizer steps an inner epoch")
+    micro_batch_size: int | None = setting(
+        None, "completions in memory at a time; null takes the whole minibatch"
+    )
+    kl_coef: float = setting(0.0, "weight of the k3 KL to the policy before GRPO; 0 is off")
+    mask_truncated: bool = setting(False, "leave completions without an end token out of the loss")
+    dynamic_sampling: bool = setting(
+        False, "replace groups whose rewards are all equal by sampling further prompts"
+    )
+    dynamic_sampling_rounds: int = setting(4, "sampling rounds a step at most")
+
+    def __post_init__(self):
+        _at_least(self, 2, "group_size")
+        _at_least(
+            self,
+            1,
+            "batch_size",
+            "inner_epochs",
+            "minibatches",
+            "micro_batch_size",
+            "dynamic_sampling_rounds",
+        )
+        _at_least(self, 0, "kl_coef")
+        if self.batch_size % self.group_size:
+            raise ValueError(
+                f"batch_size={self.batch_size} is not divisible by group_size={self.group_size}"
+            )
+        if self.batch_size % self.minibatches:
+            raise ValueError(
+                f"batch_size={self.batch_size} is not divisible by minibatches={self.minibatches}"
+            )
+        if self.minibatch_size % self.rows:
+            raise ValueError(
+                f"micro_batch_size={self.micro_batch_size} does not divide the minibatch of "
+                f"{self.minibatch_size} completions (batch_size / minibatches)"
+            )
+
+    @property
+    def prompts(self) -> int:
+        """Prompts a step."""
+        return self.batch_size // self.group_size
+
+    @property
+    def minibatch_size(self) -> int:
+        """Completions an optimizer step."""
+        return self.batch_size // self.minibatches
+
+    @property
+    def rows(self) -> int:
+        """Completions in memory at a time."""
+        return self.micro_batch_size or self.minibatch_size
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW by optax."""
+
+    learning_rate: float = setting(2e-4, "peak learning rate")
+    warmup_steps: int = setting(0, "updates of linear rise to the peak")
+    schedule: str = setting("constant", "after the rise", choices=("constant", "cosine", "linear"))
+    final_fraction: float = setting(0.1, "learning rate at the end, as a fraction of the peak")
+    b1: float = setting(0.9, "decay of the first moment")
+    b2: float = setting(0.95, "decay of the second moment")
+    weight_decay: float = setting(0.0, "decoupled weight decay, on kernels and embeddings alone")
+    max_grad_norm: float = setting(1.0, "clip of the global gradient norm")
+
+    def __post_init__(self):
+        _at_least(self, 0, "learning_rate", "warmup_steps", "weight_decay", "final_fraction")
+        if not (0 <= self.b1 < 1 and 0 <= self.b2 < 1):
+            raise ValueError(f"b1={self.b1} and b2={self.b2} must be in [0, 1)")
+        if self.max_grad_norm <= 0:
+            raise ValueError(f"max_grad_norm={self.max_grad_norm} must be above 0")
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """Length, precision and bookkeeping of the run."""
+
+    steps: int = setting(100, "GRPO steps, one rollout batch each")
+    seed: int = setting(0, "seed of parameters, data order and sampling")
+    dtype: str = setting(
+        "bfloat16",
+        "dtype of activations; master weights stay float32",
+        choices=("bfloat16", "float32"),
+    )
+    remat: bool = setting(False, "recompute each block in the backward pass to save memory")
+    checkpoint_every: int = setting(0, "steps between checkpoints; 0 saves at the end alone")
+    eval_every: int = setting(0, "steps between held-out evaluations; 0 evaluates before and after")
+    eval_batch_size: int = setting(256, "completions a batch in evaluation")
+    samples_every: int = setting(10, "steps between looks at sampled completions in samples.jsonl")
+    max_skipped_updates: int = setting(10, "non-finite updates in a row that stop the run")
+
+    def __post_init__(self):
+        _at_least(self, 1, "steps", "eval_batch_size", "samples_every", "max_skipped_updates")
+        _at_least(self, 0, "seed", "checkpoint_every", "eval_every")
+
+
+def _section(cls, doc: str):
+    return setting(doc=doc, default_factory=cls)
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """A whole run."""
+
+    model: Qwen3Config = _section(Qwen3Config, "sizes of the policy")
+    task: TaskConfig = _section(TaskConfig, "the problems")
+    warmup: WarmupConfig = _section(WarmupConfig, "supervised start")
+    rollout: RolloutConfig = _section(RolloutConfig, "sampling")
+    grpo: GRPOConfig = _section(GRPOConfig, "policy optimization")
+    ais: AISConfig = _section(AISConfig, "mismatch correction and clipped loss")
+    optimizer: OptimizerConfig = _section(OptimizerConfig, "AdamW")
+    train: TrainConfig = _section(TrainConfig, "the run")
+    mesh: MeshConfig = _section(MeshConfig, "devices")
+    output_dir: str | None = setting(
+        None,
+        "folder of the results; null is runs/<config name>-<time>. A run that is there goes on",
+    )
+
+    def __post_init__(self):
+        if self.ais.aggregation == "sequence_sum_norm" and self.ais.max_length is None:
+            raise ValueError("ais.max_length must be set with ais.aggregation=sequence_sum_norm")
+
+    def check_devices(self, batch_devices: int) -> None:
+        """Refuses batches that the `batch_devices` devices of data x fsdp cannot share evenly.
+
+        Raises:
+          ValueError: names the key.
+        """
+        for key, rows in (
+            ("grpo.batch_size", self.grpo.batch_size),
+            ("grpo.micro_batch_size", self.grpo.rows),
+            ("warmup.batch_size", self.warmup.batch_size),
+            ("train.eval_batch_size", self.train.eval_batch_size),
+        ):
+            if rows % batch_devices:
+                raise ValueError(
+                    f"{key}={rows} is not divisible by the {batch_devices} devices of "
+                    "mesh.data x mesh.fsdp"
+                )
+
+
+def load(path: str | os.PathLike, overrides: Sequence[str] = ()) -> Config:
+    """Reads a run's configuration.
+
+    Args:
+      path: a YAML file.
+      overrides: `key=value` strings with dotted keys, such as "optimizer.learning_rate=1e-4".
+
+    Raises:
+      UserError: the file is missing or malformed, a key is unknown, a value is wrong.
+    """
+    return settings.load(Config, path, overrides)

@@ -1,0 +1,90 @@
+"""The device mesh, and where each logical axis of a parameter lives on it."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from ais_jax.errors import UserError
+from ais_jax.settings import setting
+
+AXES = ("data", "fsdp", "tensor")
+BATCH_AXES = ("data", "fsdp")
+
+Rules = dict[str, str | None]
+
+# Logical axis of a parameter -> mesh axis. Axes that are not listed are replicated.
+TRAIN_RULES: Rules = {
+    "embed": "fsdp",
+    "vocab": "tensor",
+    "heads": "tensor",
+    "kv_heads": "tensor",
+    "mlp": "tensor",
+}
+# The rollout copy is small and read once a token: whole on every `fsdp` rank, no gathers.
+ROLLOUT_RULES: Rules = {**TRAIN_RULES, "embed": None}
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Devices along each mesh axis; their product must be the number of devices."""
+
+    data: int = setting(-1, "devices over which the batch is split; -1 takes all that are left")
+    fsdp: int = setting(1, "devices over which batch, parameters and optimizer are split")
+    tensor: int = setting(1, "devices over which heads and feed-forward are split")
+
+
+def make_mesh(config: MeshConfig, devices: list | None = None) -> Mesh:
+    """A mesh (data, fsdp, tensor) over `devices` (default: all), for automatic partitioning.
+
+    Raises:
+      UserError: the product of the axes is not the number of devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    sizes = [config.data, config.fsdp, config.tensor]
+    if sizes.count(-1) == 1:
+        rest = math.prod(s for s in sizes if s != -1)
+        sizes[sizes.index(-1)] = len(devices) // rest
+    if min(sizes) < 1 or math.prod(sizes) != len(devices):
+        raise UserError(
+            f"mesh.data={config.data} x mesh.fsdp={config.fsdp} x mesh.tensor={config.tensor} does "
+            f"not make {len(devices)} devices; set one of them to -1 or correct the product"
+        )
+    kinds = (jax.sharding.AxisType.Auto,) * len(AXES)
+    return jax.make_mesh(tuple(sizes), AXES, axis_types=kinds, devices=devices)
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Rows split over the batch axes."""
+    return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The same value on every device."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def param_shardings(axes, shapes, mesh: Mesh, rules: Rules):
+    """NamedSharding of each parameter.
+
+    Args:
+      axes: tree of tuples of logical axis names.
+      shapes: tree of arrays or ShapeDtypeStructs of the same structure.
+      rules: logical axis -> mesh axis. An axis whose size the mesh axis does not divide is
+        replicated: so are, for example, fewer key/value heads than `tensor` devices.
+    """
+
+    def place(names, leaf):
+        spec = [rules.get(name) for name in names]
+        for i, axis in enumerate(spec):
+            if axis is not None and leaf.shape[i] % mesh.shape[axis]:
+                spec[i] = None
+        return NamedSharding(mesh, PartitionSpec(*spec))
+
+    def one(names, leaf):  # values and scale of a QuantArray have the same axes
+        return jax.tree.map(lambda x: place(names, x), leaf)
+
+    return jax.tree.map(one, axes, shapes, is_leaf=lambda x: isinstance(x, tuple))

@@ -1,0 +1,360 @@
+"""The quantized copy of a policy, and the matrix product that reads it.
+
+A linear layer's kernel [..., in, out] becomes a `QuantArray`: numbers of a low-precision format
+with one float32 scale per output channel. `linear` then quantizes its input with one scale per
+token, multiplies the codes and applies both scales to the float32 (or int32) result. Parameters
+are nested dicts; leading axes of a kernel are stacked layers. See docs/quantization.md.
+
+Every code is rounded to its format's grid by float32 arithmetic before it is cast. The cast alone
+would not do: compilers may drop a narrowing cast that is widened again, or round twice.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import functools
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+from ais_jax.errors import UserError
+
+FORMATS = ("float8_e4m3fn", "float8_e5m2", "float4_e2m1fn", "int8", "int4")
+LINEAR_NAMES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+# Below this scale, weights that are subnormal in float32 would matter, and some chips flush those.
+_SCALE_FLOOR = np.float32(2.0**-100)
+# No compiler multiplies four-bit numbers everywhere; these hold the same numbers.
+_MULTIPLIABLE = {"int4": "int8", "float4_e2m1fn": "float8_e4m3fn"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """What is quantized, and to which of `FORMATS`. None leaves it in the compute dtype.
+
+    Attributes:
+      weights: format of the kernels.
+      activations: format of the inputs of the linears; None, or the same as `weights`.
+
+    Raises:
+      ValueError: an unknown format, or activations in another format than the weights.
+    """
+
+    weights: str | None = None
+    activations: str | None = None
+
+    def __post_init__(self):
+        if self.weights is not None and self.weights not in FORMATS:
+            raise ValueError(f"weights={self.weights!r} is unknown; choose one of {FORMATS}")
+        if self.activations not in (None, self.weights):
+            raise ValueError(
+                f"activations={self.activations!r} must be None or that of "
+                f"weights={self.weights!r}: a product takes two numbers of one format"
+            )
+
+
+RECIPES: dict[str, Recipe] = {
+    "none": Recipe(),
+    "fp8": Recipe("float8_e4m3fn", "float8_e4m3fn"),
+    "fp8_weight_only": Recipe("float8_e4m3fn"),
+    "fp8_e5m2": Recipe("float8_e5m2", "float8_e5m2"),
+    "int8": Recipe("int8", "int8"),
+    "int4": Recipe("int4", "int4"),
+    "fp4": Recipe("float4_e2m1fn", "float4_e2m1fn"),
+}
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class QuantArray:
+    """A kernel as values * scale. A pytree of two arrays; leading axes can be scanned over."""
+
+    values: (
+        jax.Array
+    )  # [..., in, out], a format's numbers, after `prepare` perhaps in a wider dtype
+    scale: jax.Array  # [..., 1, out] float32, per output channel
+    activation: str | None = dataclasses.field(default=None, metadata={"static": True})
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the kernel."""
+        return self.values.shape
+
+    @property
+    def ndim(self) -> int:
+        """Number of axes of the kernel."""
+        return self.values.ndim
+
+    def dequantize(self, dtype=jnp.float32) -> jax.Array:
+        """The kernel [..., in, out]: values * scale in float32, cast to `dtype`."""
+        return (self.values.astype(jnp.float32) * self.scale).astype(dtype)
+
+
+def quantize(
+    params: Any,
+    recipe: str | Recipe,
+    dtype=jnp.bfloat16,
+    targets: Iterable[str] = LINEAR_NAMES,
+) -> Any:
+    """The copy of `params` that samples: targeted kernels quantized, other floats cast.
+
+        scale = max(amax / fmax, 2^-100),  values = round(clip(weight * (1 / scale), -fmax, fmax))
+
+    with amax = max |weight| over the input axis and fmax the format's largest number (127 and 7
+    for the integers); rounding is to nearest, ties to even. Kernels are first rounded to `dtype`,
+    in which the trainer multiplies, so the copy is a quantization of what the trainer computes
+    with, and with recipe "none" it is exactly that.
+
+    Pure and jittable. Arrays (not tracers) are handled by one jitted program, and keep their
+    NamedShardings; a scale's input axis is not split.
+
+    Args:
+      params: nested dict of arrays. Leaves that are not floating stay as they are.
+      recipe: a name in `RECIPES`, or a `Recipe`.
+      dtype: compute dtype of the trainer, bfloat16 or float32.
+      targets: names of the linears. A leaf is a kernel if one of them is on its path, it has two
+        axes or more, and its own name is not "bias".
+
+    Raises:
+      UserError: the recipe's name is unknown, or it finds no kernel.
+      TypeError: `params` holds a `QuantArray` already.
+    """
+    recipe, dtype, targets = _recipe(recipe), np.dtype(dtype), tuple(targets)
+    leaves = jax.tree.leaves(params)
+    if any(isinstance(x, jax.core.Tracer) for x in leaves):
+        return _quantize_tree(params, recipe, dtype, targets)
+    shardings = tuple(_named_sharding(x) for x in leaves)
+    return _quantize_program(params, recipe, dtype, targets, shardings)
+
+
+def _recipe(recipe: str | Recipe) -> Recipe:
+    if isinstance(recipe, Recipe):
+        return recipe
+    if recipe not in RECIPES:
+        near = difflib.get_close_matches(str(recipe), RECIPES, n=1, cutoff=0.0)[0]
+        raise UserError(
+            f"recipe {recipe!r} is unknown; did you mean {near!r}? (one of {', '.join(RECIPES)})"
+        )
+    return RECIPES[recipe]
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2, 3, 4))
+def _quantize_program(params, recipe, dtype, targets, shardings):
+    copy = _quantize_tree(params, recipe, dtype, targets)
+    leaves, structure = jax.tree.flatten(copy, is_leaf=_is_quantized)
+    placed = [_place(x, s) for x, s in zip(leaves, shardings, strict=True)]
+    return jax.tree.unflatten(structure, placed)
+
+
+def _quantize_tree(params, recipe: Recipe, dtype: np.dtype, targets: tuple[str, ...]):
+    def one(path, leaf):
+        names = [str(getattr(key, "key", getattr(key, "name", ""))) for key in path]
+        if _is_quantized(leaf):
+            raise TypeError(
+                f"{'.'.join(names)} is quantized already; quantize the trainer's parameters"
+            )
+        if not jnp.issubdtype(leaf.dtype, jnp.floating):
+            return leaf
+        kernel = leaf.ndim >= 2 and not set(targets).isdisjoint(names) and "bias" not in names
+        if not kernel or recipe.weights is None:
+            return leaf.astype(dtype)
+        # An operation, not a cast and back, which a compiler may drop as excess precision.
+        info = jnp.finfo(dtype)
+        weight = jax.lax.reduce_precision(leaf.astype(jnp.float32), info.nexp, info.nmant)
+        codes, scale = _codes(weight, recipe.weights, axis=-2)
+        return QuantArray(codes.astype(recipe.weights), scale, recipe.activations)
+
+    copy = jax.tree_util.tree_map_with_path(one, params, is_leaf=_is_quantized)
+    if recipe.weights is not None and not any(
+        _is_quantized(x) for x in jax.tree.leaves(copy, is_leaf=_is_quantized)
+    ):
+        raise UserError(
+            f"nothing to quantize to {recipe.weights}: no kernel is named {', '.join(targets)}"
+        )
+    return copy
+
+
+def _codes(x: jax.Array, dtype: str, axis: int) -> tuple[jax.Array, jax.Array]:
+    """(codes, scale), float32, one scale along `axis`; the codes are numbers of format `dtype`."""
+    largest = _largest(dtype)
+    amax = jnp.max(jnp.abs(x), axis=axis, keepdims=True)
+    scale = jnp.maximum(amax * np.float32(1 / largest), _SCALE_FLOOR)
+    # Compilers turn a division by a broadcast into this product, some here and some there.
+    scaled = x * (1 / scale)
+    return _round(jnp.clip(scaled, -largest, largest), dtype), scale
+
+
+def _largest(dtype: str) -> float:
+    integer = jnp.issubdtype(dtype, jnp.integer)
+    return float(jnp.iinfo(dtype).max if integer else jnp.finfo(dtype).max)
+
+
+def _round(x: jax.Array, dtype: str) -> jax.Array:
+    """float32 `x`, within the range of format `dtype`, to its nearest number, ties to even."""
+    if jnp.issubdtype(dtype, jnp.integer):
+        return jnp.round(x)
+    info = jnp.finfo(dtype)
+    step = float(info.smallest_subnormal)
+    subnormal = jnp.round(x * (1 / step)) * step
+    normal = jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=info.nmant)
+    return jnp.where(jnp.abs(x) < float(info.smallest_normal), subnormal, normal)
+
+
+def _is_quantized(x) -> bool:
+    return isinstance(x, QuantArray)
+
+
+def _named_sharding(x) -> NamedSharding | None:
+    sharding = getattr(x, "sharding", None)
+    return sharding if isinstance(sharding, NamedSharding) else None
+
+
+def _place(x, sharding: NamedSharding | None):
+    if sharding is None:
+        return x
+    if not _is_quantized(x):
+        return jax.lax.with_sharding_constraint(x, sharding)
+    spec = [*sharding.spec, *[None] * (x.ndim - len(sharding.spec))]
+    spec[-2] = None
+    across = NamedSharding(sharding.mesh, PartitionSpec(*spec))
+    return dataclasses.replace(
+        x,
+        values=jax.lax.with_sharding_constraint(x.values, sharding),
+        scale=jax.lax.with_sharding_constraint(x.scale, across),
+    )
+
+
+def prepare(params: Any, platform: str | None = None) -> Any:
+    """The quantized copy with its values held in dtypes that `platform` multiplies fast.
+
+    The numbers stay the same. On "cpu" floating formats are held in bfloat16, everywhere int4 in
+    int8 and (off the CPU) float4_e2m1fn in float8_e4m3fn; the rest stays. Meant for once after
+    `quantize`, not for the decoding step.
+
+    Args:
+      params: tree with `QuantArray`s; other leaves stay as they are.
+      platform: "cpu", "gpu", "tpu"...; None takes jax's default backend.
+    """
+    platform = jax.default_backend() if platform is None else platform
+
+    def one(x):
+        if not _is_quantized(x):
+            return x
+        on_cpu = platform == "cpu" and jnp.issubdtype(x.values.dtype, jnp.floating)
+        dtype = jnp.bfloat16 if on_cpu else _multipliable(x.values.dtype)
+        return dataclasses.replace(x, values=x.values.astype(dtype))
+
+    return jax.tree.map(one, params, is_leaf=_is_quantized)
+
+
+def _multipliable(dtype) -> np.dtype:
+    return jnp.dtype(_MULTIPLIABLE.get(dtype.name, dtype))
+
+
+def linear(x: jax.Array, w: jax.Array | QuantArray) -> jax.Array:
+    """x @ w with float32 (integers: int32) accumulation.
+
+    A plain `w` is cast to x's dtype; its gradient is summed in float32 and not rounded to x's
+    dtype. A `QuantArray` is for sampling and is not meant to be differentiated: with `activation`
+    set, x is quantized per token (over its last axis) as the weights are per channel, and
+    result = (codes @ values) * token scale * channel scale; without, result = (x @ values) * scale.
+
+    Args:
+      x: [..., in] float32 or bfloat16.
+      w: [in, out].
+
+    Returns:
+      [..., out] in x's dtype.
+
+    Raises:
+      ValueError: the shapes do not fit.
+    """
+    if w.ndim != 2 or x.ndim < 1 or x.shape[-1] != w.shape[0]:
+        raise ValueError(f"linear: x {x.shape} and w {w.shape} must be [..., in] and [in, out]")
+    if not isinstance(w, QuantArray):
+        return _plain_linear(x, w)
+    if w.activation is None:
+        out = _dot(x, w.values.astype(x.dtype)) * w.scale[0]
+    else:
+        codes, scale = _codes(x.astype(jnp.float32), w.activation, axis=-1)
+        values = w.values.astype(_multipliable(w.values.dtype))
+        out = _dot(codes.astype(values.dtype), values).astype(jnp.float32) * scale * w.scale[0]
+    return out.astype(x.dtype)
+
+
+def _dot(x: jax.Array, w: jax.Array) -> jax.Array:
+    integer = jnp.issubdtype(x.dtype, jnp.integer)
+    contract = (((x.ndim - 1,), (0,)), ((), ()))
+    return jax.lax.dot_general(
+        x, w, contract, preferred_element_type=jnp.int32 if integer else jnp.float32
+    )
+
+
+@jax.custom_vjp
+def _plain_linear(x: jax.Array, w: jax.Array) -> jax.Array:
+    return _dot(x, w.astype(x.dtype)).astype(x.dtype)
+
+
+def _plain_linear_forward(x, w):
+    return _plain_linear(x, w), (x, w)
+
+
+def _plain_linear_backward(residuals, g):
+    # The derivative that jax would take multiplies float32 cotangents with bfloat16 operands,
+    # which every chip widens: the backward pass would lose the speed of bfloat16.
+    x, w = residuals
+    dot = functools.partial(jax.lax.dot_general, preferred_element_type=jnp.float32)
+    rows = tuple(range(x.ndim - 1))
+    dx = dot(g, w.astype(x.dtype), (((g.ndim - 1,), (1,)), ((), ())))
+    dw = dot(x, g, ((rows, rows), ((), ())))
+    return dx.astype(x.dtype), dw.astype(w.dtype)
+
+
+_plain_linear.defvjp(_plain_linear_forward, _plain_linear_backward)
+
+
+def bytes_of(params: Any) -> int:
+    """Bytes of all leaves; four-bit numbers count half a byte.
+
+    Leaves may be `jax.ShapeDtypeStruct`s.
+    """
+    return sum(math.ceil(x.size * _bits(x.dtype) / 8) for x in jax.tree.leaves(params))
+
+
+def _bits(dtype) -> int:
+    return 4 if dtype.name in _MULTIPLIABLE else 8 * dtype.itemsize
+
+
+def changed_fraction(old_params: Any, new_params: Any) -> jax.Array:
+    """Share of the quantized numbers that differ between two copies, a float32 scalar.
+
+    Compares the values of `QuantArray`s, not their scales; in copies without any (recipe "none"),
+    all floating leaves. 0 after an update means that the update did not reach the sampler. NaN if
+    there is nothing to compare.
+
+    Args:
+      old_params: a copy from `quantize`, prepared or not.
+      new_params: another of the same recipe, structure and shapes, prepared likewise.
+    """
+    old, new = (_compared(params) for params in (old_params, new_params))
+    changed = [_count(a != b) for a, b in zip(old, new, strict=True)]
+    total = sum(x.size for x in new)
+    return jnp.asarray(sum(changed), jnp.float32) / (total if total else jnp.nan)
+
+
+def _compared(params) -> list[jax.Array]:
+    leaves = jax.tree.leaves(params, is_leaf=_is_quantized)
+    values = [x.values for x in leaves if _is_quantized(x)]
+    return values or [x for x in leaves if jnp.issubdtype(x.dtype, jnp.floating)]
+
+
+def _count(x: jax.Array) -> jax.Array:
+    """Number of true entries, float32. Summed row by row: float32 stops counting at 2^24."""
+    rows = jnp.sum(x, axis=tuple(range(max(x.ndim - 2, 0), x.ndim)), dtype=jnp.int32)
+    return jnp.sum(rows.astype(jnp.float32))

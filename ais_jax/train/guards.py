@@ -1,0 +1,54 @@
+"""Watches over a run's metrics and says, once, what looks wrong."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+
+from ais_jax.train.state import CALIBRATION_BATCHES, CALIBRATION_RANGE
+
+PATIENCE = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class Watch:
+    """Steps in a row at which each guard found something, and which have spoken."""
+
+    ratio: int = 0
+    deaf: int = 0
+    spoken: frozenset[str] = frozenset()
+
+
+def watch(state: Watch, metrics: Mapping[str, float], calibrating: bool) -> tuple[Watch, list[str]]:
+    """The new state and the warnings to show for one step's metrics.
+
+    E[rho] = 1 for tokens sampled from the rollout policy, so a mean ratio that stays 4 standard
+    errors away means that sampler and trainer disagree about more than precision. A sampling copy
+    that does not change after an update is not the policy that learns.
+    """
+    found: dict[str, str] = {}
+    off = abs(metrics["ratio_mean"] - 1) > 4 * metrics["ratio_sem"] > 0
+    ratio = state.ratio + 1 if off else 0
+    if ratio >= PATIENCE:
+        found["ratio"] = (
+            f"the mean importance ratio is {metrics['ratio_mean']:.4f}, more than 4 standard errors "
+            f"from 1 for {ratio} steps: check temperature, tokenizer and the sampling copy"
+        )
+    unchanged = metrics["codes_changed"] == 0 and metrics["grad_norm"] > 0
+    deaf = state.deaf + 1 if unchanged else 0
+    if deaf >= PATIENCE:
+        found["deaf"] = (
+            f"no code of the quantized copy changed for {deaf} updates: the learning rate is below "
+            "what the recipe resolves"
+        )
+    low, high = CALIBRATION_RANGE
+    if calibrating and metrics["step"] == CALIBRATION_BATCHES:
+        if metrics["severity_scale"] <= low:
+            found["scale"] = f"the calibrated severity scale is at its lower limit, {low} nats"
+        elif metrics["severity_scale"] >= high:
+            found["scale"] = (
+                f"the calibrated severity scale is at its upper limit, {high} nats: the mismatch is "
+                "large from the start"
+            )
+    messages = [text for name, text in found.items() if name not in state.spoken]
+    return Watch(ratio, deaf, state.spoken | found.keys()), messages

@@ -1,0 +1,255 @@
+"""The training loop: sample, reward, measure, update, write down."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Sequence
+
+import jax
+import numpy as np
+
+from ais_jax import masked
+from ais_jax.config import Config
+from ais_jax.errors import UserError
+from ais_jax.sampling import Rollout
+from ais_jax.train import checkpoint, grpo, guards
+from ais_jax.train.display import GRPO_COLUMNS, Progress
+from ais_jax.train.metrics import MetricsWriter
+from ais_jax.train.setup import Run
+from ais_jax.train.state import TrainState
+from ais_jax.train.step import TrainBatch
+
+RewardFn = Callable[[Sequence[str], Sequence[dict]], np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampled:
+    """One step's rollouts on the host, groups in consecutive rows."""
+
+    rollout: Rollout
+    examples: list[dict]
+    completions: list[str]
+    rewards: np.ndarray  # [B] float32
+    informative: float  # share of the sampled groups whose rewards differ
+    seconds: float  # time spent in the sampler
+
+
+def train_grpo(
+    run: Run,
+    state: TrainState,
+    start: int,
+    iterator,
+    reward_fn: RewardFn,
+    evaluate: Callable[[TrainState], dict[str, float]],
+) -> TrainState:
+    """Runs steps `start`.. of GRPO; returns the last state, which has been saved."""
+    config = run.config
+    reference = jax.tree.map(lambda x: x.copy(), state.params) if config.grpo.kl_coef else None
+    checkpoints = checkpoint.manager(run.directory / "checkpoints")
+    watch = guards.Watch()
+    copy = None
+    with (
+        MetricsWriter(run.directory, truncate_after=start) as writer,
+        Progress(
+            config.train.steps, "GRPO", columns=GRPO_COLUMNS, initial_step=start
+        ) as progress,
+    ):
+        for step in range(start + 1, config.train.steps + 1):
+            state, copy, metrics, sampled = train_step(
+                run, state, copy, step, iterator, reward_fn, reference
+            )
+            if _every(config.train.eval_every, step):
+                metrics |= {f"eval_{name}": value for name, value in evaluate(state).items()}
+            writer.write(step, metrics)
+            if step == 1 or _every(config.train.samples_every, step):
+                writer.write_samples(step, _samples(sampled, config.grpo.group_size))
+            progress.update(step, metrics)
+            calibrating = config.ais.severity_scale == "auto"
+            watch, warnings = guards.watch(watch, {"step": step, **metrics}, calibrating)
+            for text in warnings:
+                progress.message(f"warning: {text}")
+            _stop_if_stuck(state, config, step)
+            if _every(config.train.checkpoint_every, step) or step == config.train.steps:
+                checkpoint.save(checkpoints, step, state, iterator.get_state())
+    checkpoints.wait_until_finished()
+    checkpoints.close()
+    return state
+
+
+def train_step(run: Run, state, copy, step: int, iterator, reward_fn, reference):
+    """One GRPO step. Returns the new state, the sampling copy, the metrics and what was sampled."""
+    clock = {}
+    began = time.perf_counter()
+    copy, changed = _timed(clock, "quantize_seconds", run.programs.refit, state.params, copy)
+
+    key = jax.random.fold_in(jax.random.key(run.config.train.seed), step)
+    sampled = sample_groups(run, copy, key, iterator, reward_fn)
+    clock["rollout_seconds"] = sampled.seconds
+
+    batch, entropy = _timed(clock, "score_seconds", build_batch, run, state, sampled, reference)
+    calibration, measured = run.programs.measure(state.calibration, batch)
+    state = state._replace(calibration=calibration)
+
+    state, learned = _timed(
+        clock, "train_seconds", update_epochs, run, state, batch, measured.coefficient, step
+    )
+    clock["step_seconds"] = time.perf_counter() - began
+
+    lengths = np.asarray(sampled.rollout.mask).sum(axis=1)
+    metrics = {
+        "reward": sampled.rewards.mean(),
+        "accuracy": run.prompter.task.score(sampled.completions, sampled.examples).mean(),
+        "coefficient": measured.coefficient,
+        "severity_scale": measured.severity_scale,
+        **measured.diagnostics._asdict(),
+        **learned,
+        "entropy": entropy,
+        "completion_length": lengths.mean(),
+        "truncated_fraction": np.asarray(sampled.rollout.truncated).mean(),
+        "zero_variance_fraction": 1 - sampled.informative,
+        "learning_rate": run.learning_rate(step),
+        "codes_changed": changed,
+        "tokens_per_second": lengths.sum() / clock["rollout_seconds"],
+        **clock,
+    }
+    return state, copy, {name: float(value) for name, value in metrics.items()}, sampled
+
+
+def sample_groups(run: Run, copy, key, iterator, reward_fn) -> Sampled:
+    """Rollouts of `grpo.prompts` groups with their rewards.
+
+    With dynamic sampling, groups without reward variance are replaced by groups of further
+    prompts, for some rounds; what is still missing then is filled with such groups.
+    """
+    c = run.config.grpo
+    rounds: list[Sampled] = []
+    kept = 0
+    for i in range(c.dynamic_sampling_rounds if c.dynamic_sampling else 1):
+        rounds.append(_sample_round(run, copy, jax.random.fold_in(key, i), iterator, reward_fn))
+        kept += int(grpo.informative_groups(rounds[-1].rewards, c.group_size).sum())
+        if kept >= c.prompts:
+            break
+    if len(rounds) == 1:
+        return rounds[0]
+    return _select_groups(rounds, c.group_size, c.prompts)
+
+
+def _sample_round(run: Run, copy, key, iterator, reward_fn) -> Sampled:
+    c = run.config.grpo
+    examples = [example for example in next(iterator) for _ in range(c.group_size)]
+    prompts, mask = run.prompter.prompts(examples)
+    keys = run.programs.put(jax.random.split(key, len(examples)))
+    began = time.perf_counter()
+    rollout = run.programs.rollout(copy, run.programs.put(prompts), run.programs.put(mask), keys)
+    rollout = jax.block_until_ready(rollout)
+    seconds = time.perf_counter() - began
+    completions = run.prompter.completions(rollout)
+    rewards = checked_rewards(reward_fn(completions, examples), len(examples))
+    informative = float(grpo.informative_groups(rewards, c.group_size).mean())
+    return Sampled(rollout, examples, completions, rewards, informative, seconds)
+
+
+def _select_groups(rounds: list[Sampled], group_size: int, groups: int) -> Sampled:
+    """The first `groups` groups, those whose rewards differ first."""
+    rewards = np.concatenate([r.rewards for r in rounds])
+    useful = grpo.informative_groups(rewards, group_size)
+    order = np.argsort(~useful, kind="stable")[:groups]
+    rows = (order[:, None] * group_size + np.arange(group_size)).ravel()
+    rollout = jax.tree.map(
+        lambda *parts: np.concatenate([np.asarray(p) for p in parts])[rows],
+        *[r.rollout for r in rounds],
+    )
+    examples = [example for r in rounds for example in r.examples]
+    completions = [text for r in rounds for text in r.completions]
+    return Sampled(
+        rollout,
+        [examples[i] for i in rows],
+        [completions[i] for i in rows],
+        rewards[rows],
+        float(useful.mean()),
+        sum(r.seconds for r in rounds),
+    )
+
+
+def build_batch(run: Run, state: TrainState, sampled: Sampled, reference):
+    """The training batch: advantages and the trainer's own log-probs. Also the mean entropy."""
+    c = run.config.grpo
+    rollout = jax.tree.map(run.programs.put, sampled.rollout)
+    mask = rollout.mask & ~rollout.truncated[:, None] if c.mask_truncated else rollout.mask
+    advantages = grpo.group_advantages(sampled.rewards, c.group_size, c.advantages)
+    old_logps, entropy = run.programs.score(state.params, rollout)
+    ref_logps = None if reference is None else run.programs.score(reference, rollout)[0]
+    mean_entropy = masked.mean(entropy, rollout.mask)
+    batch = TrainBatch(rollout, mask, run.programs.put(advantages), old_logps, ref_logps)
+    return batch, mean_entropy
+
+
+def update_epochs(run: Run, state: TrainState, batch: TrainBatch, coefficient, step: int):
+    """All optimizer steps on one rollout batch. Returns the state and the mean of their metrics."""
+    c = run.config.grpo
+    rng = np.random.default_rng((run.config.train.seed, step))
+    history = []
+    for _ in range(c.inner_epochs):
+        if c.minibatches == 1:
+            parts = [batch]
+        else:
+            rows = rng.permutation(c.batch_size).reshape(c.minibatches, -1)
+            parts = [run.programs.take(batch, part) for part in rows]
+        for part in parts:
+            state, metrics = run.programs.update(state, part, coefficient)
+            history.append(metrics)
+    mean = {name: float(np.mean([m[name] for m in history])) for name in history[0]}
+    return state, mean
+
+
+def checked_rewards(rewards, count: int) -> np.ndarray:
+    """Rewards [B] float32.
+
+    Raises:
+      UserError: the reward function returned something else, or a number that is not finite.
+    """
+    try:
+        array = np.asarray(rewards, np.float32)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"the reward function must return {count} numbers ({error})") from error
+    if array.shape != (count,):
+        raise UserError(
+            f"the reward function returned shape {array.shape}; expected ({count},), one number a "
+            "completion"
+        )
+    if not np.isfinite(array).all():
+        row = int(np.flatnonzero(~np.isfinite(array))[0])
+        raise UserError(f"the reward function returned {array[row]} for completion {row}")
+    return array
+
+
+def _samples(sampled: Sampled, group_size: int) -> list[dict]:
+    """The first group, for a person to read."""
+    return [
+        {
+            "example": sampled.examples[i],
+            "completion": sampled.completions[i],
+            "reward": float(sampled.rewards[i]),
+        }
+        for i in range(group_size)
+    ]
+
+
+def _timed(clock: dict[str, float], name: str, function, *args):
+    began = time.perf_counter()
+    result = jax.block_until_ready(function(*args))
+    clock[name] = time.perf_counter() - began
+    return result
+
+
+def _every(period: int, step: int) -> bool:
+    return period > 0 and step % period == 0
+
+
+def _stop_if_stuck(state: TrainState, config: Config, step: int) -> None:
+    if int(state.skipped) >= config.train.max_skipped_updates:
+        raise UserError(
+            f"step {step}: the last {int(state.skipped)} updates were not finite and were skipped; "
+            "lower optimizer.learning_rate, or raise train.max_skipped_updates"
+        )

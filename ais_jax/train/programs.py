@@ -1,0 +1,87 @@
+"""The compiled programs of a run: the pure functions of a step, jitted over a mesh."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+
+import jax
+import numpy as np
+import optax
+
+from ais_jax import mesh as mesh_lib
+from ais_jax.config import Config
+from ais_jax.sampling import Policy
+from ais_jax.train import step as step_lib
+from ais_jax.train.state import init_state, state_shardings
+
+
+@dataclasses.dataclass(frozen=True)
+class Programs:
+    """Jitted functions; parameters, state and batches stay sharded between them.
+
+    init_params(key) -> params
+    init_state(params) -> state
+    refit(params, previous or None) -> (sampling copy, share of changed codes)
+    rollout(copy, prompts, prompt_mask, keys) -> Rollout
+    score(params, rollout) -> (logps, entropy)
+    measure(calibration, batch) -> (calibration, Measurement)
+    take(batch, rows) -> the batch's rows
+    update(state, batch, coefficient) -> (state, metrics); `state` is donated
+    put(array) -> the array, its rows split over the devices
+    """
+
+    init_params: Callable
+    init_state: Callable
+    refit: Callable
+    rollout: Callable
+    score: Callable
+    measure: Callable
+    take: Callable
+    update: Callable
+    put: Callable
+
+
+def build_programs(
+    config: Config, policy: Policy, optimizer: optax.GradientTransformation, mesh: jax.sharding.Mesh
+) -> Programs:
+    """Binds the static parts of each function and says where its results live."""
+    model = policy.model
+    shardings = state_shardings(model, optimizer, mesh)
+    rows, everywhere = mesh_lib.batch_sharding(mesh), mesh_lib.replicated(mesh)
+
+    refit = functools.partial(
+        step_lib.refit,
+        recipe=config.rollout.recipe,
+        dtype=np.dtype(config.train.dtype),
+        platform=mesh.devices.flat[0].platform,
+    )
+    copy, _ = jax.eval_shape(lambda p: refit(p, None), model.abstract_params())
+    copy_shardings = mesh_lib.param_shardings(
+        model.param_axes(), copy, mesh, mesh_lib.ROLLOUT_RULES
+    )
+    update = functools.partial(
+        step_lib.update,
+        policy=policy,
+        optimizer=optimizer,
+        config=config.ais,
+        kl_coef=config.grpo.kl_coef,
+        micro_batches=config.grpo.minibatch_size // config.grpo.rows,
+    )
+    return Programs(
+        init_params=jax.jit(model.init, out_shardings=shardings.params),
+        init_state=jax.jit(lambda params: init_state(params, optimizer), out_shardings=shardings),
+        # The old copy is compared and then dead: its memory is the new one's.
+        refit=jax.jit(refit, donate_argnums=1, out_shardings=(copy_shardings, everywhere)),
+        rollout=jax.jit(policy.rollout, out_shardings=rows),
+        score=jax.jit(policy.score, out_shardings=rows),
+        measure=jax.jit(
+            functools.partial(step_lib.measure, config=config.ais), out_shardings=everywhere
+        ),
+        take=jax.jit(
+            lambda batch, index: jax.tree.map(lambda x: x[index], batch), out_shardings=rows
+        ),
+        update=jax.jit(update, donate_argnums=0, out_shardings=(shardings, everywhere)),
+        put=lambda x: jax.device_put(x, rows),
+    )

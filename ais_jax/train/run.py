@@ -1,0 +1,120 @@
+"""A whole run: warm-up, GRPO, evaluation before and after, results on disk."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import pathlib
+import time
+
+import jax
+
+from ais_jax import report, settings
+from ais_jax.config import Config
+from ais_jax.errors import UserError
+from ais_jax.evaluate import build_evaluator
+from ais_jax.train import checkpoint, data
+from ais_jax.train.display import console, final_table
+from ais_jax.train.loop import RewardFn, train_grpo
+from ais_jax.train.metrics import write_json
+from ais_jax.train.setup import Examples, Run, build_examples, build_run
+from ais_jax.train.warmup import warm_up
+
+
+def train(config: Config, reward_fn: RewardFn | None = None, name: str = "run") -> dict:
+    """Trains as `config` says and returns the summary that is also written to summary.json.
+
+    Args:
+      config: the whole run; see `ais_jax.config.load`.
+      reward_fn: (completions, examples) -> float rewards [B]; None takes the task's own. Examples
+        are the task's dicts.
+      name: begins the folder's name where `config.output_dir` is not set.
+
+    Returns:
+      A dict with held-out accuracy "before" and "after", "seconds" by phase, and "output_dir".
+
+    Raises:
+      UserError: the configuration cannot be run, or a checkpoint does not fit it.
+    """
+    began = time.perf_counter()
+    try:
+        run = build_run(config, _directory(config, name))
+        examples = build_examples(config)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    run.directory.mkdir(parents=True, exist_ok=True)
+    settings.save_yaml(config, run.directory / "config.yaml")
+    _say_hello(run, examples)
+
+    params, cached = warm_up(
+        config, run.policy, run.prompter, examples.train, run.programs, cache_directory()
+    )
+    warmed = time.perf_counter()
+    evaluator = build_evaluator(
+        run.policy, run.prompter, run.programs.put, config.train.eval_batch_size, config.train.seed
+    )
+    before = _evaluate_all(evaluator, params, examples)
+    state = run.programs.init_state(params)
+    iterator = data.batches(examples.train, config.grpo.prompts, config.train.seed)
+    start = 0
+    restored = checkpoint.restore(checkpoint.manager(run.directory / "checkpoints"), state)
+    if restored is not None:
+        start, state = restored.step, restored.state
+        iterator.set_state(restored.iterator)
+        console().print(f"going on after step {start} in {run.directory}")
+
+    grpo_began = time.perf_counter()
+    reward_fn = reward_fn or run.prompter.task.reward
+    state = train_grpo(
+        run, state, start, iterator, reward_fn, lambda s: evaluator(s.params, examples.heldout)
+    )
+    grpo_ended = time.perf_counter()
+    after = _evaluate_all(evaluator, state.params, examples)
+    summary = {
+        "before": before,
+        "after": after,
+        "warmup_cached": cached,
+        "seconds": {
+            "warmup": warmed - began,
+            "grpo": grpo_ended - grpo_began,
+            "total": time.perf_counter() - began,
+        },
+        "parameters": sum(x.size for x in jax.tree.leaves(state.params)),
+        "output_dir": str(run.directory),
+    }
+    write_json(run.directory / "summary.json", summary)
+    picture = report.curves(run.directory)
+    final_table(before, after, title=f"{config.task.name}: before and after GRPO")
+    console().print(f"results: {run.directory}   curves: {picture}")
+    return summary
+
+
+def _evaluate_all(evaluator, params, examples: Examples) -> dict[str, float]:
+    result = {f"heldout_{k}": v for k, v in evaluator(params, examples.heldout).items()}
+    if examples.real:
+        result |= {f"real_{k}": v for k, v in evaluator(params, examples.real).items()}
+    return result
+
+
+def _say_hello(run: Run, examples: Examples) -> None:
+    size = sum(x.size for x in jax.tree.leaves(run.policy.model.abstract_params()))
+    device = jax.devices()[0]
+    console().print(
+        f"{run.config.task.name}: {size / 1e6:.2f} M parameters on {jax.device_count()} "
+        f"{device.platform} device(s), rollouts in {run.config.rollout.recipe}, "
+        f"{len(examples.train)} problems to train on, {len(examples.heldout)} held out"
+    )
+    if run.config.task.eval_file and not examples.real:
+        console().print(f"{run.config.task.eval_file} is not here: evaluation on it is skipped")
+
+
+def _directory(config: Config, name: str) -> pathlib.Path:
+    if config.output_dir is not None:
+        return pathlib.Path(config.output_dir)
+    return pathlib.Path("runs") / f"{name}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
+
+
+def cache_directory() -> pathlib.Path:
+    """Where warm-ups are kept: $XDG_CACHE_HOME/ais_jax, by default ~/.cache/ais_jax."""
+    base = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
+    return pathlib.Path(base) / "ais_jax"

@@ -1,0 +1,156 @@
+"""The pure functions of one GRPO step: refit, measure, update.
+
+Each is a function of arrays, with its static parts bound by `functools.partial`; `programs.py`
+jits them with shardings.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from ais_jax import ais, masked, quantize
+from ais_jax.ais_config import AISConfig
+from ais_jax.models import Params
+from ais_jax.sampling import Policy, Rollout
+from ais_jax.train.state import Calibration, TrainState, calibrate, severity_scale
+
+
+class TrainBatch(NamedTuple):
+    """A rollout with everything its gradient needs. B rows, T completion positions."""
+
+    rollout: Rollout
+    mask: jax.Array  # [B, T] bool, tokens in the loss
+    advantages: jax.Array  # [B] float32
+    old_logps: jax.Array  # [B, T] float32, trainer at the weights that sampled
+    ref_logps: jax.Array | None  # [B, T] float32, the policy before GRPO
+
+
+class Measurement(NamedTuple):
+    """What a whole rollout batch says about the mismatch."""
+
+    coefficient: jax.Array  # [] alpha
+    severity_scale: jax.Array  # [] D0, nats
+    diagnostics: ais.Diagnostics
+
+
+def refit(params: Params, previous: Params | None, *, recipe: str, dtype, platform: str):
+    """The sampling copy of `params`, and the share of its codes that differ from `previous`.
+
+    A share of 0 after an update means that the sampler is deaf to what is learned.
+    """
+    copy = quantize.prepare(quantize.quantize(params, recipe, dtype), platform)
+    changed = jnp.float32(jnp.nan)
+    if previous is not None:
+        changed = quantize.changed_fraction(previous, copy)
+    return copy, changed
+
+
+def measure(
+    calibration: Calibration, batch: TrainBatch, *, config: AISConfig
+) -> tuple[Calibration, Measurement]:
+    """Diagnostics and coefficient of a rollout batch, before any minibatch is cut from it."""
+    importance = ais.importance_weights(batch.old_logps, batch.rollout.logps, batch.mask, config)
+    diagnostics = ais.diagnose(importance, batch.advantages)
+    calibration = calibrate(calibration, diagnostics.severity)
+    scale = severity_scale(calibration, config)
+    coefficient = ais.mixing_coefficient(diagnostics, config, scale)
+    return calibration, Measurement(coefficient, scale, diagnostics)
+
+
+def loss(
+    params: Params,
+    batch: TrainBatch,
+    coefficient: jax.Array,
+    denominator: jax.Array,
+    *,
+    policy: Policy,
+    config: AISConfig,
+    kl_coef: float,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Loss of a micro-batch, a part of the sum that is the minibatch's loss.
+
+    The KL to the reference is the k3 estimate exp(d) - 1 - d of d = ref_logps - logps, never
+    weighted by the correction.
+    """
+    logps, _ = policy.score(params, batch.rollout)
+    result = ais.ais_loss(
+        logps,
+        batch.rollout.logps,
+        batch.advantages,
+        batch.mask,
+        old_logps=batch.old_logps,
+        coefficient=coefficient,
+        denominator=denominator,
+        config=config,
+    )
+    total, kl = result.loss, jnp.float32(0)
+    if batch.ref_logps is not None:
+        log_ratio = masked.select(batch.ref_logps, batch.mask) - masked.select(logps, batch.mask)
+        k3 = jnp.expm1(log_ratio) - log_ratio
+        kl = ais.aggregate(k3, batch.mask, denominator, config)
+        total += kl_coef * kl
+    clipped = result.clip_fraction * masked.count(batch.mask)
+    return total, {"kl": kl, "clip_fraction": clipped}
+
+
+def update(
+    state: TrainState,
+    batch: TrainBatch,
+    coefficient: jax.Array,
+    *,
+    policy: Policy,
+    optimizer: optax.GradientTransformation,
+    config: AISConfig,
+    kl_coef: float,
+    micro_batches: int,
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """One optimizer step on a minibatch, its gradient accumulated over micro-batches.
+
+    The denominator is the whole minibatch's, so neither the number of micro-batches nor that of
+    devices changes loss or gradient. An update that is not finite is skipped and counted.
+    """
+    denominator = ais.loss_denominator(batch.mask, config)
+
+    def one(carry, micro):
+        (value, aux), grads = jax.value_and_grad(loss, has_aux=True)(
+            state.params,
+            micro,
+            coefficient,
+            denominator,
+            policy=policy,
+            config=config,
+            kl_coef=kl_coef,
+        )
+        return jax.tree.map(jnp.add, carry, (value, aux, grads)), None
+
+    zero = jax.tree.map(jnp.zeros_like, state.params)
+    start = (jnp.float32(0), {"kl": jnp.float32(0), "clip_fraction": jnp.float32(0)}, zero)
+    if micro_batches == 1:
+        (value, aux, grads), _ = one(start, batch)
+    else:
+        (value, aux, grads), _ = jax.lax.scan(one, start, _split(batch, micro_batches))
+
+    grad_norm = optax.tree.norm(grads)
+    finite = jnp.isfinite(value) & jnp.isfinite(grad_norm)
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    new = state._replace(params=optax.apply_updates(state.params, updates), opt_state=opt_state)
+    new = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, state)
+    new = new._replace(skipped=jnp.where(finite, 0, state.skipped + 1))
+    aux["clip_fraction"] /= jnp.maximum(masked.count(batch.mask), 1)
+    return new, {"loss": value, "grad_norm": grad_norm, **aux}
+
+
+def _split(batch: TrainBatch, parts: int) -> TrainBatch:
+    """[B, ...] to [parts, B / parts, ...]: row i goes to part i % parts.
+
+    Strided, so that with rows split over devices in blocks every part is split over all of them.
+    """
+
+    def one(x):
+        return x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1)
+
+    return jax.tree.map(one, batch)

@@ -1,0 +1,79 @@
+"""Impossible configurations are refused in a line that names the key."""
+
+import pathlib
+
+import pytest
+
+from ais_jax import config as config_lib
+from ais_jax import mesh as mesh_lib
+from ais_jax import settings
+from ais_jax.errors import UserError
+
+CONFIGS = sorted((pathlib.Path(__file__).parents[1] / "configs").glob("*.yaml"))
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_shipped_configs_load(path):
+    config_lib.load(path).check_devices(1)
+
+
+def test_every_key_is_documented():
+    rows = settings.describe(config_lib.Config)
+    assert {"grpo.group_size", "ais.cap", "task.countdown.numbers", "mesh.tensor"} <= {
+        row[0] for row in rows
+    }
+    assert [row[0] for row in rows if not row[3]] == []
+
+
+@pytest.mark.parametrize(
+    ("override", "parts"),
+    [
+        ("grpo.group_size=0", ["grpo", "group_size=0", "at least 2"]),
+        ("grpo.group_size=7", ["batch_size=128", "group_size=7"]),
+        ("grpo.minibatches=3", ["minibatches=3"]),
+        ("grpo.micro_batch_size=48", ["micro_batch_size=48", "128"]),
+        ("rollout.top_p=0.9", ["top_p=0.9", "bias"]),
+        ("rollout.top_k=5", ["top_k=5", "bias"]),
+        ("rollout.temperature=0", ["temperature=0", "above 0"]),
+        ("rollout.recipe=fp9", ["rollout.recipe", "fp9", "fp8"]),
+        ("grpo.advantages=mad", ["grpo.advantages", "mad", "leave_one_out"]),
+        ("ais.cap=-1", ["ais", "cap=-1"]),
+        ("ais.aggregation=sequence_sum_norm", ["max_length"]),
+        ("ais.severity_scale=often", ["severity_scale", "often", "auto"]),
+        ("model.num_key_value_heads=3", ["num_key_value_heads=3"]),
+        ("optimizer.max_grad_norm=0", ["max_grad_norm=0"]),
+        ("optimizer.lr=1e-4", ["optimizer.lr", "learning_rate"]),
+        ("train.dtype=float16", ["train.dtype", "bfloat16"]),
+        ("train.steps=many", ["train.steps", "many"]),
+        ("task.countdown.operators=+^", ["operators"]),
+    ],
+)
+def test_bad_values_are_named(override, parts):
+    with pytest.raises(UserError) as error:
+        config_lib.load(CONFIGS[0], [override])
+    text = str(error.value)
+    assert "\n" not in text
+    for part in parts:
+        assert part in text
+
+
+def test_devices_must_share_the_batch():
+    config = config_lib.load(CONFIGS[0], ["grpo.batch_size=12", "grpo.group_size=4",
+                                          "grpo.micro_batch_size=null"])  # fmt: skip
+    with pytest.raises(ValueError, match=r"grpo.batch_size=12 .* 8 devices"):
+        config.check_devices(8)
+
+
+@pytest.mark.parametrize("axes", [(3, 1, 1), (-1, -1, 1), (0, 1, 1), (16, 1, 1), (-1, 3, 1)])
+def test_mesh_must_fit_the_devices(axes):
+    with pytest.raises(UserError, match="8 devices"):
+        mesh_lib.make_mesh(mesh_lib.MeshConfig(*axes))
+
+
+def test_mesh_takes_what_is_left():
+    assert mesh_lib.make_mesh(mesh_lib.MeshConfig(-1, 2, 2)).shape == {
+        "data": 2,
+        "fsdp": 2,
+        "tensor": 2,
+    }

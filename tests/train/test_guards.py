@@ -1,0 +1,38 @@
+from ais_jax.train.guards import Watch, watch
+
+FINE = {"step": 1, "ratio_mean": 1.001, "ratio_sem": 0.001, "codes_changed": 0.1, "grad_norm": 1.0}
+
+
+def run(rows, calibrating=False):
+    state, said = Watch(), []
+    for step, row in enumerate(rows, 1):
+        state, messages = watch(state, {**FINE, **row, "step": step}, calibrating)
+        said += messages
+    return said
+
+
+def test_a_healthy_run_is_silent():
+    assert run([{}] * 20, calibrating=False) == []
+
+
+def test_a_ratio_away_from_one_is_told_once_and_only_if_it_stays():
+    off = {"ratio_mean": 1.1}
+    assert run([off, off, {}, off, off]) == []
+    said = run([off] * 9)
+    assert len(said) == 1
+    assert "1.1000" in said[0]
+
+
+def test_a_deaf_copy_is_told():
+    said = run([{"codes_changed": 0.0}] * 9)
+    assert len(said) == 1
+    assert "no code" in said[0]
+    assert run([{"codes_changed": float("nan")}] * 9) == []
+    assert run([{"codes_changed": 0.0, "grad_norm": 0.0}] * 9) == []
+
+
+def test_calibration_at_a_limit_is_told():
+    assert "lower limit" in run([{"severity_scale": 0.005}] * 9, calibrating=True)[0]
+    assert "upper limit" in run([{"severity_scale": 0.1}] * 9, calibrating=True)[0]
+    assert run([{"severity_scale": 0.03}] * 9, calibrating=True) == []
+    assert run([{"severity_scale": 0.1}] * 9, calibrating=False) == []

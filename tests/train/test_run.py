@@ -1,0 +1,226 @@
+"""Whole runs of a very small job: files, resume, a user's reward, options of the loop."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+import ais_jax
+from ais_jax import config as config_lib
+from ais_jax import settings
+from ais_jax.errors import UserError
+from ais_jax.train import checkpoint, data
+from ais_jax.train.metrics import read_metrics
+from ais_jax.train.setup import build_examples
+
+REQUIRED = (
+    "step reward accuracy coefficient reliability severity amplification loss grad_norm entropy "
+    "completion_length rollout_seconds score_seconds train_seconds quantize_seconds "
+    "tokens_per_second"
+).split()
+# What a clock decides differs between two runs of the same thing.
+CLOCKED = ("_seconds", "_per_second")
+
+
+@pytest.fixture
+def job(tmp_path, monkeypatch):
+    """(make a config, output folder) of a job of a few seconds, with a cache of its own."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("AIS_SHARED", str(tmp_path))
+
+    def make(name="run", **changes):
+        config = settings.build(
+            config_lib.Config,
+            {
+                "model": {
+                    "hidden_size": 32,
+                    "intermediate_size": 64,
+                    "num_hidden_layers": 2,
+                    "num_attention_heads": 4,
+                    "num_key_value_heads": 2,
+                    "head_dim": 8,
+                },
+                "task": {
+                    "train_examples": 256,
+                    "heldout_examples": 32,
+                    "countdown": {"max_number": 12, "listed_in_order": True},
+                },
+                "warmup": {"steps": 30, "batch_size": 64},
+                "rollout": {"max_prompt_tokens": 16, "max_new_tokens": 10},
+                "grpo": {"batch_size": 16, "group_size": 4},
+                "ais": {"severity_scale": "auto"},
+                "train": {"steps": 4, "eval_batch_size": 32, "samples_every": 2},
+                "mesh": {"data": 8},
+                "output_dir": str(tmp_path / name),
+            },
+        )
+        return settings.replace(config, changes)
+
+    return make, tmp_path
+
+
+def metrics_of(folder):
+    rows = read_metrics(folder / "metrics.jsonl")
+    return [{k: v for k, v in row.items() if not k.endswith(CLOCKED)} for row in rows]
+
+
+@pytest.mark.smoke
+def test_a_run_writes_what_it_promises(job, capsys):
+    make, folder = job
+    summary = ais_jax.train(make())
+    run = folder / "run"
+    rows = read_metrics(run / "metrics.jsonl")
+    assert [row["step"] for row in rows] == [1, 2, 3, 4]
+    for row in rows:
+        assert set(REQUIRED) <= row.keys()
+        assert 0 <= row["coefficient"] <= 1
+        assert 0 < row["severity"] < 1
+        assert row["severity_scale"] == pytest.approx(
+            np.clip(2 * np.mean([r["severity"] for r in rows[: row["step"]]]), 0.005, 0.1)
+        )
+    for name in ("config.yaml", "curves.png", "samples.jsonl", "summary.json"):
+        assert (run / name).stat().st_size > 0
+    assert list((run / "tensorboard").glob("events*"))
+    assert json.loads((run / "summary.json").read_text()) == summary
+    assert 0 <= summary["after"]["heldout_accuracy"] <= 1
+    assert settings.load(config_lib.Config, run / "config.yaml") == make()
+    sample = json.loads((run / "samples.jsonl").read_text().splitlines()[0])
+    assert {"step", "example", "completion", "reward"} <= sample.keys()
+    assert "heldout_accuracy" in capsys.readouterr().out
+
+
+def test_interrupted_and_resumed_equals_uninterrupted(job):
+    make, folder = job
+    ais_jax.train(make("whole"))
+    ais_jax.train(make("parts", **{"train.steps": 2}))
+    ais_jax.train(make("parts"))
+    assert metrics_of(folder / "whole") == metrics_of(folder / "parts")
+
+    states = []
+    for name in ("whole", "parts"):
+        with checkpoint.manager(folder / name / "checkpoints") as manager:
+            states.append(manager.restore(4).state)
+    jax.tree.map(np.testing.assert_array_equal, *states)
+
+
+def test_a_checkpoint_of_another_model_is_refused(job):
+    make, _ = job
+    ais_jax.train(make())
+    with pytest.raises(UserError, match="checkpoints/4 cannot be restored"):
+        ais_jax.train(make(**{"model.hidden_size": 64, "train.steps": 6}))
+
+
+def test_the_warm_up_is_cached_by_what_it_depends_on(job):
+    make, _ = job
+    assert not ais_jax.train(make("a"))["warmup_cached"]
+    again = ais_jax.train(make("b", **{"optimizer.learning_rate": 0.1}))
+    assert again["warmup_cached"]
+    assert not ais_jax.train(make("c", **{"warmup.steps": 31}))["warmup_cached"]
+    assert not ais_jax.train(make("d", **{"warmup.cache": False}))["warmup_cached"]
+
+
+def test_a_users_reward_is_what_is_learned(job):
+    """Rewarding the length of completions changes it; the task's own reward is not asked."""
+    make, folder = job
+
+    def length(completions, examples):
+        assert len(completions) == len(examples) == 64
+        assert "numbers" in examples[0]
+        return [float(len(text)) for text in completions]
+
+    config = make(**{"train.steps": 25, "optimizer.learning_rate": 3e-3, "grpo.batch_size": 64})
+    ais_jax.train(config, reward_fn=length)
+    rows = metrics_of(folder / "run")
+    first, last = (
+        np.mean([r["completion_length"] for r in part]) for part in (rows[:5], rows[-5:])
+    )
+    assert last > first + 1
+
+
+@pytest.mark.parametrize(
+    ("returned", "message"),
+    [
+        (np.zeros(3), "shape"),
+        (np.full(16, np.nan), "nan for completion 0"),
+        (None, "16 numbers"),
+        (["good"] * 16, "16 numbers"),
+    ],
+)
+def test_a_bad_reward_function_is_told(job, returned, message):
+    make, _ = job
+    with pytest.raises(UserError, match=message):
+        ais_jax.train(make(**{"warmup.steps": 0}), reward_fn=lambda c, e: returned)
+
+
+def test_options_of_the_loop(job):
+    """Inner epochs, minibatches, micro-batches, KL, truncation and dynamic sampling together."""
+    make, folder = job
+    changes = {
+        "grpo.inner_epochs": 2,
+        "grpo.minibatches": 2,
+        "grpo.micro_batch_size": 4,
+        "grpo.kl_coef": 0.1,
+        "grpo.mask_truncated": True,
+        "grpo.dynamic_sampling": True,
+        "grpo.advantages": "leave_one_out",
+        "ais.policy_ratio": "sequence",
+        "ais.aggregation": "sequence_mean",
+        "mesh.data": 2,
+        "mesh.fsdp": 2,
+        "mesh.tensor": 2,
+    }
+    ais_jax.train(make("kl", **changes))
+    rows = metrics_of(folder / "kl")
+    assert rows[-1]["kl"] > 0
+    assert all(row["sequences"] <= 16 for row in rows)
+    ais_jax.train(make("free", **{**changes, "grpo.kl_coef": 0.0}))
+    assert all(row["kl"] == 0 for row in metrics_of(folder / "free"))
+
+
+def test_dynamic_sampling_refills_with_groups_that_differ(job):
+    make, folder = job
+    calls = []
+
+    def rare(completions, examples):
+        """In the first round of a step only the first group has any variance."""
+        calls.append(len(completions))
+        rewards = np.zeros(len(completions), np.float32)
+        rewards[0] = 1
+        return rewards
+
+    config = make(**{"grpo.dynamic_sampling": True, "train.steps": 1, "warmup.steps": 0})
+    ais_jax.train(config, reward_fn=rare)
+    assert calls == [16, 16, 16, 16]
+    row = metrics_of(folder / "run")[0]
+    assert row["reward"] == pytest.approx(4 / 16)
+    assert row["zero_variance_fraction"] == pytest.approx(0.75)
+
+
+def test_iteration_order_is_saved_and_differs_between_epochs():
+    examples = [{"i": i} for i in range(10)]
+    iterator = data.batches(examples, 5, seed=3)
+    epochs = [[x["i"] for _ in range(2) for x in next(iterator)] for _ in range(3)]
+    assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
+    assert epochs[0] != epochs[1]
+    state = json.loads(json.dumps(iterator.get_state(), default=int))
+    expected = [next(iterator) for _ in range(4)]
+    other = data.batches(examples, 5, seed=3)
+    other.set_state(state)
+    assert [next(other) for _ in range(4)] == expected
+
+
+def test_real_puzzles_are_never_trained_on(job):
+    make, folder = job
+    plain = build_examples(make())
+    stolen = [plain.train[0], plain.train[7]]
+    path = folder / "real.jsonl"
+    path.write_text("".join(json.dumps(example) + "\n" for example in stolen))
+    examples = build_examples(make(**{"task.eval_file": "real.jsonl"}))
+    assert len(examples.real) == 2
+
+    def keys(rows):
+        return {(tuple(sorted(row["numbers"])), row["target"]) for row in rows}
+
+    assert not keys(stolen) & keys(examples.train)
+    assert not keys(examples.train) & keys(examples.heldout)
