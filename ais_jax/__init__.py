@@ -19,14 +19,13 @@ _EXPORTS = {
     "mixing_coefficient": "ais_jax.ais",
     "token_weights": "ais_jax.ais",
     "QuantArray": "ais_jax.quantize",
-    "quantize": "ais_jax.quantize",
 }
 
-__all__ = sorted([*_EXPORTS, "tasks", "train"])
+__all__ = sorted([*_EXPORTS, "quantize", "tasks", "train"])
 
 
 def __getattr__(name: str):
-    if name in ("train", "tasks"):
+    if name in ("quantize", "tasks", "train"):
         return importlib.import_module(f"ais_jax.{name}")
     if name in _EXPORTS:
         return getattr(importlib.import_module(_EXPORTS[name]), name)

@@ -46,7 +46,7 @@ class Diagnostics(NamedTuple):
     reliability: jax.Array | float  # R, effective-sample-size ratio of the applied weights
     severity: jax.Array | float  # D, mean |log rho|, nats
     amplification: jax.Array | float  # V, how much more w^2 weighs where A^2 is large
-    cv: jax.Array | float = 0.0  # coefficient of variation of w: R = 1 / (1 + cv^2)
+    cv: jax.Array | float | None = None  # coefficient of variation of w: R = 1 / (1 + cv^2)
     reliability_raw: jax.Array | float = 1.0  # R of the uncapped ratios
     ratio_mean: jax.Array | float = 1.0  # E[rho], 1 in expectation for sampled tokens
     ratio_sem: jax.Array | float = 0.0  # standard error of ratio_mean
@@ -126,7 +126,7 @@ def _kept(delta, row_mean, ratio, config: AISConfig) -> jax.Array:
         keep &= ~(jnp.exp(row_mean) > config.geometric_high)
     if config.veto is not None:
         keep &= ~jnp.any(jnp.exp(delta) < config.veto, axis=1, keepdims=True)
-    return keep
+    return keep | jnp.isnan(row_mean)
 
 
 def diagnose(importance: ImportanceWeights, advantages: jax.Array) -> Diagnostics:
@@ -231,16 +231,26 @@ def mixing_coefficient(
     if config.coefficient == "fixed":
         alpha = jnp.full_like(severity, config.fixed_alpha)
     else:
-        d2 = jnp.square(severity)
-        d02 = jnp.square(_severity_scale(config, severity_scale))
+        # Divided through by D^2, whose square would underflow; NaN is not 0 and stays visible.
+        d = jnp.where(severity == 0, 1, severity)
+        tolerance = jnp.square(_severity_scale(config, severity_scale) / d)
         if config.coefficient == "gated":
             trust = reliability**config.reliability_power
             backoff = 1 + config.amplification_gain * jnp.maximum(amplification - 1, 0)
-            alpha = d2 / (d2 + d02) * trust / backoff
+            alpha = trust / backoff / (1 + tolerance)
         else:
-            noise = amplification * (1 / reliability - 1) / jnp.maximum(diagnostics.sequences, 1)
-            alpha = d2 / (d2 + d02 + noise)
+            sequences = jnp.maximum(diagnostics.sequences, 1)
+            noise = amplification * _squared_cv(diagnostics, reliability) / sequences
+            alpha = 1 / (1 + tolerance + noise / d / d)
+        alpha = jnp.where(severity == 0, 0, alpha)
     return jnp.where(jnp.asarray(diagnostics.tokens) > 0, jnp.clip(alpha, 0, 1), 0)
+
+
+def _squared_cv(diagnostics: Diagnostics, reliability: jax.Array) -> jax.Array:
+    """1/R - 1, from the centred sums where they are known: R near 1 is rounded in float32."""
+    if diagnostics.cv is None:
+        return 1 / reliability - 1
+    return jnp.square(jax.lax.stop_gradient(_at_least_float32(diagnostics.cv)))
 
 
 def _severity_scale(config: AISConfig, given) -> jax.Array:
@@ -367,7 +377,7 @@ def ais_loss(
     diagnostics = diagnose(importance, advantages)
     if coefficient is None:
         coefficient = mixing_coefficient(diagnostics, config, severity_scale)
-    coefficient = jax.lax.stop_gradient(_at_least_float32(coefficient))
+    coefficient = _at_least_float32(coefficient)
     omega = token_weights(importance, coefficient)
 
     a = _advantages(advantages, mask, logps.dtype)
@@ -376,6 +386,7 @@ def ais_loss(
         denominator = loss_denominator(mask, config)
     loss = -aggregate(omega * objective, mask, denominator, config)
     clip_fraction = masked.mean(clip_active.astype(logps.dtype), mask)
+    coefficient = jax.lax.stop_gradient(coefficient)
     return AISResult(coefficient, loss, omega, diagnostics, jax.lax.stop_gradient(clip_fraction))
 
 

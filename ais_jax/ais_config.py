@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 LEVELS = ("token", "sequence_product", "sequence_geomean")
 COEFFICIENTS = ("gated", "shrinkage", "fixed")
@@ -70,6 +71,10 @@ class AISConfig:
         _check_choice("coefficient", self.coefficient, COEFFICIENTS)
         _check_choice("aggregation", self.aggregation, AGGREGATIONS)
         _check_choice("policy_ratio", self.policy_ratio, POLICY_RATIOS)
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if "float" in str(field.type) and isinstance(value, float):
+                _check_range(field.name, value, math.isfinite(value), "finite")
         _check_range("cap", self.cap, self.cap is None or self.cap > 0, "above 0, or null")
         _check_range("fixed_alpha", self.fixed_alpha, 0 <= self.fixed_alpha <= 1, "in [0, 1]")
         _check_range(

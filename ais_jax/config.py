@@ -64,11 +64,16 @@ class WarmupConfig:
     learning_rate: float = setting(2e-3, "peak learning rate")
     learning_rate_warmup: int = setting(50, "steps of linear rise to the peak")
     weight_decay: float = setting(0.0, "AdamW weight decay")
+    careless_fraction: float = setting(
+        0.0, "share of demonstrations that have the right form but do not try to solve the problem"
+    )
     cache: bool = setting(True, "keep the result, and take it when the same warm-up is asked again")
 
     def __post_init__(self):
-        _at_least(self, 0, "steps", "learning_rate_warmup", "weight_decay")
+        _at_least(self, 0, "steps", "learning_rate_warmup", "weight_decay", "careless_fraction")
         _at_least(self, 1, "batch_size")
+        if self.careless_fraction > 1:
+            raise ValueError(f"careless_fraction={self.careless_fraction} must be at most 1")
 
 
 @dataclasses.dataclass(frozen=True)

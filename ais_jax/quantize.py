@@ -21,7 +21,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
 
 from ais_jax.errors import UserError
 
@@ -73,12 +72,16 @@ RECIPES: dict[str, Recipe] = {
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
 class QuantArray:
-    """A kernel as values * scale. A pytree of two arrays; leading axes can be scanned over."""
+    """A kernel as values * scale. A pytree of two arrays; leading axes can be scanned over.
 
-    values: (
-        jax.Array
-    )  # [..., in, out], a format's numbers, after `prepare` perhaps in a wider dtype
-    scale: jax.Array  # [..., 1, out] float32, per output channel
+    Attributes:
+      values: [..., in, out] numbers of a format; after `prepare`, perhaps in a wider dtype.
+      scale: [..., 1, out] float32, per output channel.
+      activation: format in which `linear` quantizes its input, or None.
+    """
+
+    values: jax.Array
+    scale: jax.Array
     activation: str | None = dataclasses.field(default=None, metadata={"static": True})
 
     @property
@@ -111,26 +114,21 @@ def quantize(
     in which the trainer multiplies, so the copy is a quantization of what the trainer computes
     with, and with recipe "none" it is exactly that.
 
-    Pure and jittable. Arrays (not tracers) are handled by one jitted program, and keep their
-    NamedShardings; a scale's input axis is not split.
+    Pure and jittable; called outside jit it runs as one program, compiled once per recipe and
+    shapes. Leaves keep their shardings; a scale is whole along the input axis.
 
     Args:
       params: nested dict of arrays. Leaves that are not floating stay as they are.
       recipe: a name in `RECIPES`, or a `Recipe`.
       dtype: compute dtype of the trainer, bfloat16 or float32.
-      targets: names of the linears. A leaf is a kernel if one of them is on its path, it has two
-        axes or more, and its own name is not "bias".
+      targets: names of the linears. A leaf is a kernel if one of them is on its path, "bias" is
+        not, and it has two axes or more.
 
     Raises:
       UserError: the recipe's name is unknown, or it finds no kernel.
       TypeError: `params` holds a `QuantArray` already.
     """
-    recipe, dtype, targets = _recipe(recipe), np.dtype(dtype), tuple(targets)
-    leaves = jax.tree.leaves(params)
-    if any(isinstance(x, jax.core.Tracer) for x in leaves):
-        return _quantize_tree(params, recipe, dtype, targets)
-    shardings = tuple(_named_sharding(x) for x in leaves)
-    return _quantize_program(params, recipe, dtype, targets, shardings)
+    return _quantize(params, _recipe(recipe), np.dtype(dtype), tuple(targets))
 
 
 def _recipe(recipe: str | Recipe) -> Recipe:
@@ -144,15 +142,8 @@ def _recipe(recipe: str | Recipe) -> Recipe:
     return RECIPES[recipe]
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2, 3, 4))
-def _quantize_program(params, recipe, dtype, targets, shardings):
-    copy = _quantize_tree(params, recipe, dtype, targets)
-    leaves, structure = jax.tree.flatten(copy, is_leaf=_is_quantized)
-    placed = [_place(x, s) for x, s in zip(leaves, shardings, strict=True)]
-    return jax.tree.unflatten(structure, placed)
-
-
-def _quantize_tree(params, recipe: Recipe, dtype: np.dtype, targets: tuple[str, ...]):
+@functools.partial(jax.jit, static_argnums=(1, 2, 3))
+def _quantize(params, recipe: Recipe, dtype: np.dtype, targets: tuple[str, ...]):
     def one(path, leaf):
         names = [str(getattr(key, "key", getattr(key, "name", ""))) for key in path]
         if _is_quantized(leaf):
@@ -185,8 +176,9 @@ def _codes(x: jax.Array, dtype: str, axis: int) -> tuple[jax.Array, jax.Array]:
     largest = _largest(dtype)
     amax = jnp.max(jnp.abs(x), axis=axis, keepdims=True)
     scale = jnp.maximum(amax * np.float32(1 / largest), _SCALE_FLOOR)
-    # Compilers turn a division by a broadcast into this product, some here and some there.
+    # Compilers turn a division by a broadcast into this product, where they please.
     scaled = x * (1 / scale)
+    # They may also hold x more precisely here than in amax.
     return _round(jnp.clip(scaled, -largest, largest), dtype), scale
 
 
@@ -208,26 +200,6 @@ def _round(x: jax.Array, dtype: str) -> jax.Array:
 
 def _is_quantized(x) -> bool:
     return isinstance(x, QuantArray)
-
-
-def _named_sharding(x) -> NamedSharding | None:
-    sharding = getattr(x, "sharding", None)
-    return sharding if isinstance(sharding, NamedSharding) else None
-
-
-def _place(x, sharding: NamedSharding | None):
-    if sharding is None:
-        return x
-    if not _is_quantized(x):
-        return jax.lax.with_sharding_constraint(x, sharding)
-    spec = [*sharding.spec, *[None] * (x.ndim - len(sharding.spec))]
-    spec[-2] = None
-    across = NamedSharding(sharding.mesh, PartitionSpec(*spec))
-    return dataclasses.replace(
-        x,
-        values=jax.lax.with_sharding_constraint(x.values, sharding),
-        scale=jax.lax.with_sharding_constraint(x.scale, across),
-    )
 
 
 def prepare(params: Any, platform: str | None = None) -> Any:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import hypothesis.extra.numpy as hnp
 import jax
@@ -32,7 +32,7 @@ LEVELS = {
 class Batch(NamedTuple):
     logps: np.ndarray  # [B, T]
     rollout_logps: np.ndarray  # [B, T]
-    old_logps: np.ndarray | None  # [B, T]; None: the same as logps
+    old_logps: Any  # [B, T]; None: the same as logps
     advantages: np.ndarray  # [B] or [B, T]
     mask: np.ndarray  # [B, T] bool
 
@@ -68,7 +68,7 @@ def clip(x: float, low: float, high: float) -> float:
     return low if x < low else high if x > high else x
 
 
-def close(got, want, atol: float, what: str = "") -> None:
+def close(got, want, atol: Any, what: str = "") -> None:
     """Equal to `atol`, absolutely; NaN equals NaN only."""
     np.testing.assert_allclose(got, want, rtol=0, atol=atol, err_msg=what)
 

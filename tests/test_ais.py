@@ -144,7 +144,7 @@ def test_presets_by_hand(name):
         assert 0.1 < alpha < 0.9
         want = 1 + alpha * (np.array(BY_HAND["tis"]) - 1)
     else:
-        want = BY_HAND[name]
+        want = np.array(BY_HAND[name])
     close(result.weights.ravel(), want, 1e-13)
     # Rejected tokens stay in the denominator.
     close(result.loss, -(np.sum(want[:3]) - np.sum(want[3:])) / 6, 1e-13)
@@ -354,7 +354,8 @@ def test_vmap_over_seeds():
 )
 @settings(max_examples=40, deadline=None, derandomize=True)
 def test_coefficient_from_given_diagnostics(severity, reliability, amplification, power, gain):
-    seen = Diagnostics(reliability, severity, amplification, sequences=16.0)
+    cv = math.sqrt(1 / reliability - 1)
+    seen = Diagnostics(reliability, severity, amplification, cv, sequences=16.0)
     gate = severity**2 / (severity**2 + 0.03**2)
     gated = gate * reliability**power / (1 + gain * max(amplification - 1, 0))
     config = AISConfig(reliability_power=power, amplification_gain=gain)

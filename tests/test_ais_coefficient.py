@@ -86,7 +86,8 @@ def test_finite_differences_of_the_frozen_loss():
 
 @functools.partial(jax.jit, static_argnames="config")
 def alpha_of(reliability, severity, amplification, config=AISConfig()):
-    seen = Diagnostics(reliability, severity, amplification, sequences=16.0)
+    cv = jnp.sqrt(1 / reliability - 1)
+    seen = Diagnostics(reliability, severity, amplification, cv, sequences=16.0)
     return mixing_coefficient(seen, config)
 
 
@@ -122,11 +123,11 @@ def test_alpha_has_no_jump_as_the_mismatch_grows(config):
     """From none to far beyond the cap, in small steps of the same noise."""
     batch = random_batch(9, spread=1.0)
     noise = batch.rollout_logps.astype(np.float64) - batch.old
-    alphas = [
+    results = [
         library(batch._replace(rollout_logps=batch.old + s * noise), config, np.float64)[0]
         for s in np.linspace(0, 2, 801)
     ]
-    alphas = np.array([result.coefficient for result in alphas])
+    alphas = np.array([result.coefficient for result in results])
     assert alphas[0] == 0 and alphas[1] < 0.1 and alphas.max() > 0.3
     assert_no_jump(alphas)
 

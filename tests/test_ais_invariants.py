@@ -169,8 +169,11 @@ def test_identities_of_the_diagnostics(config, batch, exponent):
 def test_pads_and_order_change_nothing(config, batch, junk, order):
     want, want_grad = library(batch, config, np.float64)
     pads = ~batch.mask
-    dirty = Batch(
-        *(np.where(pads, x, y) for x, y in zip(junk, batch[:4], strict=False)), batch.mask
+    dirty = batch._replace(
+        **{
+            name: np.where(pads, x, getattr(batch, name))
+            for name, x in zip(Batch._fields[:4], junk, strict=False)
+        }
     )
     result, grad = library(dirty, config, np.float64)
     assert result.coefficient == want.coefficient and result.loss == want.loss
@@ -209,7 +212,8 @@ def test_fully_masked(config):
     close(grad[kept], want.grad, 1e-12)
     assert not grad[1].any()
 
-    nothing = Batch(*(np.full((4, 5), math.nan),) * 3, np.full(4, math.nan), ~FULL)
+    nan = np.full((4, 5), math.nan)
+    nothing = Batch(nan, nan, nan, nan[:, 0], ~FULL)
     result, grad = library(nothing, config, np.float64)
     assert all_finite((result, grad))
     assert result.coefficient == result.loss == result.diagnostics.tokens == 0

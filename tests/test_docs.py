@@ -52,7 +52,7 @@ def test_the_custom_trainers_micro_batches_add_up(custom_trainer):
 
 
 def test_every_setting_is_documented_with_its_default():
-    found = {}
+    found: dict = {}
     for names, defaults, _ in table("ais.md", "Settings"):
         pairs = zip(codes(names), codes(defaults), strict=True)
         found |= {name: yaml.safe_load(default) for name, default in pairs}

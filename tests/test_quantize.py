@@ -1,6 +1,7 @@
 """Codes, scales and products against NumPy with ml_dtypes; trees, transforms, bad input."""
 
 import functools
+import pathlib
 
 import hypothesis.extra.numpy as hnp
 import jax
@@ -90,22 +91,41 @@ def test_codes_and_scales_equal_numpy_at_any_magnitude(fmt, w, narrow):
     assert np.isfinite(got.dequantize()).all()
 
 
-@pytest.mark.parametrize("fmt", FORMATS)
-@pytest.mark.parametrize("program", ["whole", "scanned"])
-def test_ties_and_their_neighbours_round_as_ml_dtypes_does(fmt, program):
+def near_ties(fmt: str):
+    """[tokens, in]: a format's ties and their neighbours, at scales near powers of two."""
     numbers = np.unique(all_codes(fmt).astype(np.float32))
     numbers = numbers[np.abs(numbers) <= LARGEST[fmt]]
     ties = (numbers[1:] + numbers[:-1]) / 2
+    away = [ties * np.float32(1 + i * 2.0**-13) for i in (-2, -1, 1, 2)]
     near = [ties, np.nextafter(ties, np.float32(np.inf)), np.nextafter(ties, np.float32(-np.inf))]
-    # Several columns: a float32 product may move a number off its tie, not all of them.
-    column = np.concatenate([[LARGEST[fmt]], *near]).astype(np.float32)
-    w = column[:, None] * np.exp2(np.arange(-3, 4)).astype(np.float32)
+    row = np.concatenate([[LARGEST[fmt]], *near, *away]).astype(np.float32)
+    return row * np.exp2(np.arange(-3, 4, dtype=np.float32))[:, None]
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize("fmt", FORMATS)
+@pytest.mark.parametrize("scanned", [False, True])
+def test_ties_and_their_neighbours_round_once(fmt, scanned):
+    w = near_ties(fmt).T
     stacked = np.stack([w, -w, 3 * w])
-    if program == "whole":
-        got = kernel_of(stacked, Recipe(fmt)).values
-    else:
-        got = jax.jit(lambda s: jax.lax.map(lambda x: kernel_of(x, Recipe(fmt)).values, s))(stacked)
+
+    def values(w):
+        return kernel_of(w, Recipe(fmt)).values
+
+    got = jax.jit(functools.partial(jax.lax.map, values) if scanned else values)(stacked)
     same_bits(got, oracle(stacked, fmt, axis=-2)[0])
+
+
+@pytest.mark.parametrize("fmt", FORMATS)
+@pytest.mark.parametrize("prepared", [False, True])
+def test_tokens_round_as_kernels_do(fmt, prepared):
+    tokens = near_ties(fmt)
+    size = tokens.shape[1]
+    unit = QuantArray(jnp.eye(size, dtype=jnp.float32).astype(fmt), jnp.ones((1, size)), fmt)
+    unit = prepare(unit) if prepared else unit
+    got = jax.jit(lambda x, w: jax.lax.map(lambda row: linear(row, w), x))(tokens, unit)
+    codes, scale = oracle(tokens, fmt, axis=-1)
+    np.testing.assert_array_equal(got, codes.astype(np.float32) * scale)
 
 
 @pytest.mark.parametrize("fmt", FORMATS)
@@ -174,7 +194,7 @@ def tree(layers=2, d=128, f=384):
     }
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("recipe", ["none", "fp8", "fp8_weight_only", "int4"])
 def test_only_the_linears_are_quantized(recipe):
     params = tree(d=32, f=48)
     copy = quantize(params, recipe)
@@ -252,7 +272,6 @@ def close_product(got, want, magnitude, terms: int):
     assert (error <= (terms + 4) * 2.0**-24 * magnitude * (1 + last) + last * np.abs(want)).all()
 
 
-@pytest.mark.smoke
 @pytest.mark.parametrize("prepared", [False, True])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -348,13 +367,16 @@ def test_survives_flax_modules_and_checkpoints(tmp_path):
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("shape", [(12,), (9, 12), (2, 5, 12)])
-def test_gradient_of_a_plain_product(shape, dtype):
+def test_a_plain_product_and_its_gradient(shape, dtype):
     x, w = jnp.asarray(normal(11, *shape), dtype), normal(12, 12, 8)
     g = jnp.asarray(normal(13, *shape[:-1], 8), dtype)
-    dx, dw = jax.jit(lambda x, w: jax.vjp(linear, x, w)[1](g))(x, w)
+    y, pull = jax.vjp(jax.jit(linear), x, w)
+    dx, dw = pull(g)
     x64, g64 = (np.asarray(a).astype(np.float64).reshape(-1, a.shape[-1]) for a in (x, g))
     w64 = np.asarray(jnp.asarray(w).astype(dtype)).astype(np.float64)
-    assert dx.dtype == dtype and dw.dtype == jnp.float32
+    y, magnitude = np.asarray(y).reshape(-1, 8), np.abs(x64) @ np.abs(w64)
+    close_product(y, x64 @ w64, magnitude, terms=12)
+    assert dx.dtype == y.dtype == dtype and dw.dtype == jnp.float32
     rtol = 2.0**-8 if dtype == jnp.bfloat16 else 1e-5
     np.testing.assert_allclose(
         np.asarray(dx).astype(np.float64), (g64 @ w64.T).reshape(shape), rtol=rtol, atol=1e-5
@@ -377,7 +399,8 @@ def test_a_broken_weight_or_token_is_loud(recipe, bad):
 
 
 @pytest.mark.parametrize(
-    ("recipe", "prepared"), [("fp8", True), ("int4", True), *((name, False) for name in RECIPES)]
+    ("recipe", "prepared"),
+    [("none", False), ("fp8", False), ("fp8", True), ("int4", True), ("fp4", False)],
 )
 def test_changed_fraction_counts_numbers(recipe, prepared):
     old, new = tree(d=32, f=48), tree(d=32, f=48)
@@ -402,6 +425,14 @@ def test_changed_fraction_of_nothing_and_of_more_than_float32_can_count():
         QuantArray(jnp.full((2, 4096, 4099), i, jnp.int8), jnp.ones((2, 1, 4099))) for i in (0, 1)
     )
     assert changed_fraction(zeros, ones) == 1
+
+
+def test_documented_recipes():
+    page = pathlib.Path(__file__).parents[1] / "docs" / "quantization.md"
+    rows = [line.split("|") for line in page.read_text(encoding="utf-8").splitlines()]
+    found = {row[1].strip(" `"): [c.strip() for c in row[2:4]] for row in rows if len(row) == 6}
+    for name, rule in RECIPES.items():
+        assert found[name] == [x or "compute dtype" for x in (rule.weights, rule.activations)]
 
 
 def test_bad_input():

@@ -38,7 +38,6 @@ def equal_bits(got, want):
         np.testing.assert_array_equal(a.view(np.uint8), b.view(np.uint8))
 
 
-@pytest.mark.smoke
 @pytest.mark.parametrize(
     ("spec", "recipe"),
     [(P(None, "a", "b"), recipe) for recipe in RECIPES] + [(spec, "fp8") for spec in SPECS],
@@ -68,6 +67,7 @@ def test_same_bits_and_same_places_as_on_one_device(mesh, spec, recipe):
         lies(prepare(copy)["down_proj"].values, spec)
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("recipe", ["none", "fp8", "int8"])
 def test_products_and_counts_agree_with_one_device(mesh, recipe):
     params = weights()

@@ -27,13 +27,15 @@ class Prompter:
         rows = [self.tokenizer.encode(self.task.prompt(example)) for example in examples]
         return left_pad(rows, self.max_prompt_tokens, self.tokenizer.pad_id)
 
-    def demonstrations(self, examples: Sequence[dict]) -> Rollout:
-        """Prompts with the task's own solutions as completions, end token included."""
+    def demonstrations(self, examples: Sequence[dict], careless: Sequence[bool]) -> Rollout:
+        """Prompts with completions, end token included: the task's own solution, or where
+        `careless` is true an answer of the right form that does not try."""
         prompts, prompt_mask = self.prompts(examples)
         tokens = np.full((len(examples), self.max_new_tokens), self.tokenizer.pad_id, np.int32)
         mask = np.zeros(tokens.shape, bool)
-        for i, example in enumerate(examples):
-            ids = [*self.tokenizer.encode(self.task.demonstration(example)), self.tokenizer.eos_id]
+        for i, (example, lazy) in enumerate(zip(examples, careless, strict=True)):
+            text = self.task.careless(example) if lazy else self.task.demonstration(example)
+            ids = [*self.tokenizer.encode(text), self.tokenizer.eos_id]
             if len(ids) > self.max_new_tokens:
                 raise UserError(
                     f"a demonstration of {len(ids)} tokens does not fit "

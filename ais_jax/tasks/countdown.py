@@ -240,6 +240,11 @@ def demonstration(example: dict) -> str:
     return example["solution"]
 
 
+def careless(example: dict) -> str:
+    """An answer of the right form that does not look at the target: the sum of the numbers."""
+    return "+".join(map(str, example["numbers"]))
+
+
 def reward(completions: Sequence[str], examples: Sequence[dict]) -> np.ndarray:
     """1 where the answer uses the given numbers once each and equals the target, else 0.
 

@@ -185,6 +185,17 @@ def demonstration(example: dict) -> str:
     return example["solution"] if "solution" in example else solve(example["puzzle"])
 
 
+def careless(example: dict) -> str:
+    """An answer that looks at rows alone: each row's missing digits, in rising order."""
+    rows = (example["puzzle"][i : i + 4] for i in range(0, 16, 4))
+    return "".join(_fill_row(row) for row in rows)
+
+
+def _fill_row(row: str) -> str:
+    missing = iter(digit for digit in "1234" if digit not in row)
+    return "".join(next(missing) if cell == "0" else cell for cell in row)
+
+
 def reward(completions: Sequence[str], examples: Sequence[dict]) -> np.ndarray:
     """The share of blank cells that are filled as in the solution.
 

@@ -9,6 +9,7 @@ import pathlib
 import time
 
 import jax
+import numpy as np
 import optax
 
 from ais_jax import masked, settings
@@ -59,10 +60,13 @@ def _train(config, policy, prompter, examples, programs, params) -> Params:
     train_step = jax.jit(step, donate_argnums=(0, 1))
     opt_state = jax.jit(optimizer.init)(params)
     iterator = data.batches(examples, config.warmup.batch_size, config.train.seed)
+    rng = np.random.default_rng(config.train.seed)
     with Progress(config.warmup.steps, "warm-up", columns=WARMUP_COLUMNS) as progress:
         for i in range(config.warmup.steps):
             began = time.perf_counter()
-            demonstrations = prompter.demonstrations(next(iterator))
+            examples = next(iterator)
+            careless = rng.random(len(examples)) < config.warmup.careless_fraction
+            demonstrations = prompter.demonstrations(examples, careless)
             batch = jax.tree.map(programs.put, demonstrations)
             params, opt_state, value = train_step(params, opt_state, batch)
             metrics = {"loss": float(value)}  # waits for the step
