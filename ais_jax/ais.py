@@ -277,7 +277,10 @@ def loss_denominator(mask: jax.Array, config: AISConfig = AISConfig()) -> jax.Ar
     if config.aggregation == "token_mean":
         return masked.count(mask)
     rows = masked.count(jnp.any(mask, axis=1))
-    return rows if config.aggregation == "sequence_mean" else rows * config.max_length
+    if config.aggregation == "sequence_mean":
+        return rows
+    assert config.max_length is not None  # AISConfig sees to it
+    return rows * config.max_length
 
 
 def aggregate(

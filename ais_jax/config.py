@@ -203,11 +203,22 @@ class TrainConfig:
     checkpoint_every: int = setting(0, "steps between checkpoints; 0 saves at the end alone")
     eval_every: int = setting(0, "steps between held-out evaluations; 0 evaluates before and after")
     eval_batch_size: int = setting(256, "completions a batch in evaluation")
+    eval_max_new_tokens: int | None = setting(
+        None, "length of completions in evaluation; null takes rollout.max_new_tokens"
+    )
     samples_every: int = setting(10, "steps between looks at sampled completions in samples.jsonl")
     max_skipped_updates: int = setting(10, "non-finite updates in a row that stop the run")
 
     def __post_init__(self):
-        _at_least(self, 1, "steps", "eval_batch_size", "samples_every", "max_skipped_updates")
+        _at_least(
+            self,
+            1,
+            "steps",
+            "eval_batch_size",
+            "eval_max_new_tokens",
+            "samples_every",
+            "max_skipped_updates",
+        )
         _at_least(self, 0, "seed", "checkpoint_every", "eval_every")
 
 

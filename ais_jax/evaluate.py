@@ -16,24 +16,31 @@ Evaluator = Callable[[Params, list[dict]], dict[str, float]]
 
 
 def build_evaluator(
-    policy: Policy, prompter: Prompter, put: Callable, batch_size: int, seed: int = 0
+    policy: Policy,
+    prompter: Prompter,
+    put: Callable,
+    batch_size: int,
+    max_new_tokens: int,
+    seed: int = 0,
 ) -> Evaluator:
     """A function (params, examples) -> {"accuracy", "sampled_accuracy"}.
 
     `accuracy` is the share of examples solved by greedy decoding, `sampled_accuracy` by one sample
-    at the policy's own temperature. It compiles once for all example lists.
+    at the policy's own temperature. Prompts may be longer than those of training.
     """
-    greedy = dataclasses.replace(
-        policy, sampling=dataclasses.replace(policy.sampling, temperature=0.0)
-    )
-    programs = {"accuracy": jax.jit(greedy.rollout), "sampled_accuracy": jax.jit(policy.rollout)}
+    sampling = dataclasses.replace(policy.sampling, max_new_tokens=max_new_tokens)
+    programs = {}
+    for name, temperature in (("accuracy", 0.0), ("sampled_accuracy", sampling.temperature)):
+        at = dataclasses.replace(sampling, temperature=temperature)
+        programs[name] = jax.jit(dataclasses.replace(policy, sampling=at).rollout)
 
     def evaluate(params: Params, examples: list[dict]) -> dict[str, float]:
+        fitting = prompter.fitting(examples)
         solved: dict[str, list[float]] = {name: [] for name in programs}
         for start in range(0, len(examples), batch_size):
             part = examples[start : start + batch_size]
             padded = part + [part[-1]] * (batch_size - len(part))
-            prompts = [put(x) for x in prompter.prompts(padded)]
+            prompts = [put(x) for x in fitting.prompts(padded)]
             keys = put(jax.random.split(jax.random.key(seed + start), batch_size))
             for name, program in programs.items():
                 texts = prompter.completions(program(params, *prompts, keys))[: len(part)]

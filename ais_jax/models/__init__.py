@@ -73,7 +73,7 @@ class Model:
           params: parameters, quantized or not.
           tokens: [B, T] int32.
           positions: [B, T] int32, position of each token in its own row.
-          key_mask: [B, S] bool, real tokens among the keys; S is T without a cache, else its length.
+          key_mask: [B, S] bool, real tokens among the keys; S is the cache's length, T without one.
           cache: keys and values of what came before, or None.
           index: key position of the first of the T tokens.
         """

@@ -25,7 +25,7 @@ class _Loop(NamedTuple):
     logps: jax.Array  # [B, T]
     mask: jax.Array  # [B, T]
     done: jax.Array  # [B] has sampled an end token
-    cache: KVCache
+    cache: KVCache | None
 
 
 def rollout(
@@ -75,9 +75,10 @@ def rollout(
             state.cache,
             width + state.step - 1,
         )
-        return _append(state._replace(cache=cache), *draw(hidden, state.step), config)
+        token, logp = draw(hidden, state.step)
+        return _append(state._replace(cache=cache), token, logp, config)
 
-    hidden, cache = model.hidden(params, prompts, positions_of(prompt_mask), key_mask, cache, 0)
+    hidden, filled = model.hidden(params, prompts, positions_of(prompt_mask), key_mask, cache, 0)
     zeros = jnp.zeros((rows, config.max_new_tokens))
     state = _Loop(
         step=jnp.zeros((), jnp.int32),
@@ -86,9 +87,10 @@ def rollout(
         logps=zeros,
         mask=zeros.astype(bool),
         done=jnp.zeros(rows, bool),
-        cache=cache,
+        cache=filled,
     )
-    state = _append(state, *draw(hidden, 0), config)
+    token, logp = draw(hidden, 0)
+    state = _append(state, token, logp, config)
     state = jax.lax.while_loop(
         lambda s: (s.step < config.max_new_tokens) & ~jnp.all(s.done), decode, state
     )

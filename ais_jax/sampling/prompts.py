@@ -22,6 +22,11 @@ class Prompter:
     max_prompt_tokens: int
     max_new_tokens: int
 
+    def fitting(self, examples: Sequence[dict]) -> Prompter:
+        """The same with room for the longest prompt of `examples`."""
+        longest = max(len(self.tokenizer.encode(self.task.prompt(e))) for e in examples)
+        return dataclasses.replace(self, max_prompt_tokens=max(longest, self.max_prompt_tokens))
+
     def prompts(self, examples: Sequence[dict]) -> tuple[np.ndarray, np.ndarray]:
         """(ids [B, P] int32, mask [B, P] bool), left-padded."""
         rows = [self.tokenizer.encode(self.task.prompt(example)) for example in examples]

@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+Array = Any  # jax.Array or np.ndarray
+
 
 class Rollout(NamedTuple):
-    """A batch of sampled completions. B rows, P prompt positions (left-padded), T completion."""
+    """A batch of sampled completions, on device or host (NumPy).
 
-    prompts: jax.Array  # [B, P] int32
-    prompt_mask: jax.Array  # [B, P] bool
-    tokens: jax.Array  # [B, T] int32, padded after the end token
-    mask: jax.Array  # [B, T] bool, sampled tokens through the first end token
-    logps: jax.Array  # [B, T] float32, under the policy that sampled
-    truncated: jax.Array  # [B] bool, no end token within T
+    B rows, P prompt positions (left-padded), T completion positions.
+    """
+
+    prompts: Array  # [B, P] int32
+    prompt_mask: Array  # [B, P] bool
+    tokens: Array  # [B, T] int32, padded after the end token
+    mask: Array  # [B, T] bool, sampled tokens through the first end token
+    logps: Array  # [B, T] float32, under the policy that sampled
+    truncated: Array  # [B] bool, no end token within T
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,6 +12,7 @@ jax.
                                 "compact" for character models, "instruct" for a chat's user turn
     demonstration(example) -> str
                                 the completion that supervised training imitates (compact style)
+    careless(example) -> str    a completion of the right form that does not try
     ALPHABET                    characters that compact prompts and demonstrations can hold
     reward(completions, examples) -> float32 [B], in [0, 1]
     score(completions, examples) -> float32 [B], 1 where the problem is solved, else 0

@@ -7,7 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 
 
-def group_advantages(rewards: jax.Array, group_size: int, kind: str = "std") -> jax.Array:
+def group_advantages(
+    rewards: jax.Array | np.ndarray, group_size: int, kind: str = "std"
+) -> jax.Array:
     """Advantages [B] float32 of rewards [B] whose groups are consecutive rows.
 
         std            (r - mean) / (std + 1e-6), sample standard deviation (GRPO, arXiv 2402.03300)

@@ -31,8 +31,8 @@ def watch(state: Watch, metrics: Mapping[str, float], calibrating: bool) -> tupl
     ratio = state.ratio + 1 if off else 0
     if ratio >= PATIENCE:
         found["ratio"] = (
-            f"the mean importance ratio is {metrics['ratio_mean']:.4f}, more than 4 standard errors "
-            f"from 1 for {ratio} steps: check temperature, tokenizer and the sampling copy"
+            f"the mean importance ratio is {metrics['ratio_mean']:.4f}, more than 4 standard "
+            f"errors from 1 for {ratio} steps: check temperature, tokenizer and the sampling copy"
         )
     unchanged = metrics["codes_changed"] == 0 and metrics["grad_norm"] > 0
     deaf = state.deaf + 1 if unchanged else 0
@@ -47,8 +47,8 @@ def watch(state: Watch, metrics: Mapping[str, float], calibrating: bool) -> tupl
             found["scale"] = f"the calibrated severity scale is at its lower limit, {low} nats"
         elif metrics["severity_scale"] >= high:
             found["scale"] = (
-                f"the calibrated severity scale is at its upper limit, {high} nats: the mismatch is "
-                "large from the start"
+                f"the calibrated severity scale is at its upper limit, {high} nats: the mismatch "
+                "is large from the start"
             )
     messages = [text for name, text in found.items() if name not in state.spoken]
     return Watch(ratio, deaf, state.spoken | found.keys()), messages

@@ -51,9 +51,7 @@ def train_grpo(
     copy = None
     with (
         MetricsWriter(run.directory, truncate_after=start) as writer,
-        Progress(
-            config.train.steps, "GRPO", columns=GRPO_COLUMNS, initial_step=start
-        ) as progress,
+        Progress(config.train.steps, "GRPO", columns=GRPO_COLUMNS, initial_step=start) as progress,
     ):
         for step in range(start + 1, config.train.steps + 1):
             state, copy, metrics, sampled = train_step(
@@ -79,7 +77,7 @@ def train_grpo(
 
 def train_step(run: Run, state, copy, step: int, iterator, reward_fn, reference):
     """One GRPO step. Returns the new state, the sampling copy, the metrics and what was sampled."""
-    clock = {}
+    clock: dict[str, float] = {}
     began = time.perf_counter()
     copy, changed = _timed(clock, "quantize_seconds", run.programs.refit, state.params, copy)
 

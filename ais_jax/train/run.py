@@ -51,7 +51,12 @@ def train(config: Config, reward_fn: RewardFn | None = None, name: str = "run") 
     )
     warmed = time.perf_counter()
     evaluator = build_evaluator(
-        run.policy, run.prompter, run.programs.put, config.train.eval_batch_size, config.train.seed
+        run.policy,
+        run.prompter,
+        run.programs.put,
+        config.train.eval_batch_size,
+        config.train.eval_max_new_tokens or config.rollout.max_new_tokens,
+        config.train.seed,
     )
     before = _evaluate_all(evaluator, params, examples)
     state = run.programs.init_state(params)

@@ -88,7 +88,7 @@ def build_run(config: Config, directory: pathlib.Path) -> Run:
 def build_examples(config: Config) -> Examples:
     """Generates the problems; none of the real file's puzzles is among them."""
     task, c = tasks.get_task(config.task.name), config.task
-    real = []
+    real: list[dict] = []
     if c.eval_file is not None:
         path = find_shared(c.eval_file)
         real = task.load(path) if path else []

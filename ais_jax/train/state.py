@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -39,13 +39,11 @@ def init_state(params: Params, optimizer: optax.GradientTransformation) -> Train
     return TrainState(params, optimizer.init(params), calibration, jnp.zeros((), jnp.int32))
 
 
-def state_shardings(
-    model: Model, optimizer: optax.GradientTransformation, mesh: jax.sharding.Mesh
-) -> TrainState:
-    """NamedSharding of every leaf: moments lie like their parameters, scalars everywhere."""
+def state_shardings(model: Model, optimizer: optax.GradientTransformation, mesh: jax.sharding.Mesh):
+    """A `TrainState` of NamedShardings: moments lie like their parameters, scalars everywhere."""
     shapes = model.abstract_params()
     params = mesh_lib.param_shardings(model.param_axes(), shapes, mesh, mesh_lib.TRAIN_RULES)
-    everywhere = mesh_lib.replicated(mesh)
+    everywhere: Any = mesh_lib.replicated(mesh)
     opt_state = optax.tree_utils.tree_map_params(
         optimizer,
         lambda _, sharding: sharding,
@@ -56,7 +54,7 @@ def state_shardings(
     return TrainState(params, opt_state, Calibration(everywhere, everywhere), everywhere)
 
 
-def calibrate(calibration: Calibration, severity: jax.Array) -> Calibration:
+def calibrate(calibration: Calibration, severity: jax.Array | float) -> Calibration:
     """Counts a batch's severity in, as long as fewer than `CALIBRATION_BATCHES` are."""
     new = (calibration.batches < CALIBRATION_BATCHES) & jnp.isfinite(severity)
     return Calibration(

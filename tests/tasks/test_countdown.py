@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from ais_jax.errors import UserError
 from ais_jax.tasks import countdown
 from ais_jax.tasks.countdown import Options
+from ais_jax.tasks.expression import parse
 
 EXAMPLE = {"numbers": [3, 7, 5], "target": 16}
 OPTIONS = {
@@ -394,3 +395,13 @@ def test_oracle_search_is_complete():
     assert expression_oracle.solve([3, 3, 8, 8], 24) is not None
     assert expression_oracle.solve([1, 1], 5) is None
     assert expression_oracle.evaluate("2-3*4") == (-10, (2, 3, 4))
+
+
+def test_the_careless_answer_has_the_form_but_looks_at_no_target():
+    examples = countdown.generate(200, seed=5)
+    answers = [countdown.careless(example) for example in examples]
+    for text, example in zip(answers, examples, strict=True):
+        parsed = parse(text)
+        assert sorted(parsed.numbers) == sorted(example["numbers"])
+        assert parsed.value == sum(example["numbers"])
+    assert 0 < countdown.reward(answers, examples).mean() < 0.3

@@ -318,3 +318,13 @@ def test_files_that_cannot_be_read(tmp_path):
             sudoku.load(path)
     path.write_bytes(f"\ufeffPuzzle,Solution\r\n{PUZZLE},{SOLUTION}\r\n".encode())
     assert sudoku.load(path) == [EXAMPLE]
+
+
+def test_the_careless_answer_fills_rows_and_keeps_what_is_given():
+    examples = sudoku.generate(200, seed=5)
+    answers = [sudoku.careless(example) for example in examples]
+    for text, example in zip(answers, examples, strict=True):
+        assert all(g in ("0", a) for g, a in zip(example["puzzle"], text, strict=True))
+        assert all(sorted(text[i : i + 4]) == list("1234") for i in range(0, 16, 4))
+    assert sudoku.score(answers, examples).mean() < 0.3
+    assert 0.2 < sudoku.reward(answers, examples).mean() < 0.9

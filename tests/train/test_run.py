@@ -14,11 +14,24 @@ from ais_jax.train import checkpoint, data
 from ais_jax.train.metrics import read_metrics
 from ais_jax.train.setup import build_examples
 
-REQUIRED = (
-    "step reward accuracy coefficient reliability severity amplification loss grad_norm entropy "
-    "completion_length rollout_seconds score_seconds train_seconds quantize_seconds "
-    "tokens_per_second"
-).split()
+REQUIRED = [
+    "step",
+    "reward",
+    "accuracy",
+    "coefficient",
+    "reliability",
+    "severity",
+    "amplification",
+    "loss",
+    "grad_norm",
+    "entropy",
+    "completion_length",
+    "rollout_seconds",
+    "score_seconds",
+    "train_seconds",
+    "quantize_seconds",
+    "tokens_per_second",
+]
 # What a clock decides differs between two runs of the same thing.
 CLOCKED = ("_seconds", "_per_second")
 
