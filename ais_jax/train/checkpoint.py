@@ -30,11 +30,11 @@ def manager(directory: pathlib.Path, keep: int = 2) -> ocp.CheckpointManager:
 
 def save(checkpoints: ocp.CheckpointManager, step: int, state: TrainState, iterator: dict) -> None:
     """Saves after `step` steps; returns when the state may be changed again."""
+    position = json.loads(json.dumps(iterator, default=int))  # NumPy integers become numbers
+    meta = {"iterator": position, "shapes": _shapes(state)}
     checkpoints.save(
         step,
-        args=ocp.args.Composite(
-            state=ocp.args.StandardSave(state), iterator=ocp.args.JsonSave(_plain(iterator))
-        ),
+        args=ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta)),
     )
 
 
@@ -47,22 +47,28 @@ def restore(checkpoints: ocp.CheckpointManager, like: TrainState) -> Restored | 
     step = checkpoints.latest_step()
     if step is None:
         return None
+    meta = checkpoints.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
+    _check_shapes(meta["shapes"], _shapes(like), checkpoints.directory / str(step))
     target = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
-    try:
-        restored = checkpoints.restore(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardRestore(target), iterator=ocp.args.JsonRestore()
-            ),
-        )
-    except (ValueError, KeyError, TypeError, FileNotFoundError) as error:
-        path = checkpoints.directory / str(step)
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(
-            f"checkpoint {path} cannot be restored into the configured model ({reason}); "
-            "use the config it was made with, or another output_dir"
-        ) from error
-    return Restored(step, restored.state, restored.iterator)
+    restored = checkpoints.restore(
+        step, args=ocp.args.Composite(state=ocp.args.StandardRestore(target))
+    )
+    return Restored(step, restored.state, meta["iterator"])
+
+
+def _shapes(state: TrainState) -> dict[str, list[int]]:
+    leaves = jax.tree_util.tree_leaves_with_path(state)
+    return {jax.tree_util.keystr(path): list(leaf.shape) for path, leaf in leaves}
+
+
+def _check_shapes(stored: dict, expected: dict, path) -> None:
+    for name in [*expected, *stored]:
+        if stored.get(name) != expected.get(name):
+            raise UserError(
+                f"checkpoint {path} does not fit the config: {name} is "
+                f"{stored.get(name, 'absent')} there and {expected.get(name, 'absent')} here; use "
+                "the config it was made with, or another output_dir"
+            )
 
 
 def exists(path: pathlib.Path) -> bool:
@@ -82,8 +88,3 @@ def load_params(path: pathlib.Path, like: Params) -> Params:
         return checkpointer.restore(
             path.absolute(), jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
         )
-
-
-def _plain(state: dict) -> dict:
-    """The iterator's state as JSON holds it (NumPy integers become numbers)."""
-    return json.loads(json.dumps(state, default=int))

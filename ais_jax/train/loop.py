@@ -207,15 +207,13 @@ def checked_rewards(rewards, count: int) -> np.ndarray:
     Raises:
       UserError: the reward function returned something else, or a number that is not finite.
     """
+    expected = f"the reward function must return {count} numbers, one a completion"
     try:
         array = np.asarray(rewards, np.float32)
     except (TypeError, ValueError) as error:
-        raise UserError(f"the reward function must return {count} numbers ({error})") from error
+        raise UserError(f"{expected} ({error})") from error
     if array.shape != (count,):
-        raise UserError(
-            f"the reward function returned shape {array.shape}; expected ({count},), one number a "
-            "completion"
-        )
+        raise UserError(f"{expected}; it returned shape {array.shape}")
     if not np.isfinite(array).all():
         row = int(np.flatnonzero(~np.isfinite(array))[0])
         raise UserError(f"the reward function returned {array[row]} for completion {row}")

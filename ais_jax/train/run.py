@@ -37,6 +37,7 @@ def train(config: Config, reward_fn: RewardFn | None = None, name: str = "run") 
       UserError: the configuration cannot be run, or a checkpoint does not fit it.
     """
     began = time.perf_counter()
+    _keep_compiled_programs()
     try:
         run = build_run(config, _directory(config, name))
         examples = build_examples(config)
@@ -117,6 +118,12 @@ def _directory(config: Config, name: str) -> pathlib.Path:
     if config.output_dir is not None:
         return pathlib.Path(config.output_dir)
     return pathlib.Path("runs") / f"{name}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
+
+
+def _keep_compiled_programs() -> None:
+    """Lets a second run start without compiling, unless JAX is told another place."""
+    if jax.config.jax_compilation_cache_dir is None:
+        jax.config.update("jax_compilation_cache_dir", str(cache_directory() / "xla"))
 
 
 def cache_directory() -> pathlib.Path:
