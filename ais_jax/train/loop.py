@@ -12,6 +12,7 @@ import numpy as np
 from ais_jax import masked
 from ais_jax.config import Config
 from ais_jax.errors import UserError
+from ais_jax.models import Params
 from ais_jax.sampling import Rollout
 from ais_jax.train import checkpoint, grpo, guards
 from ais_jax.train.display import GRPO_COLUMNS, Progress
@@ -42,10 +43,13 @@ def train_grpo(
     iterator,
     reward_fn: RewardFn,
     evaluate: Callable[[TrainState], dict[str, float]],
+    reference: Params | None,
 ) -> TrainState:
-    """Runs steps `start`.. of GRPO; returns the last state, which has been saved."""
+    """Runs steps `start` + 1.. of GRPO; returns the last state, which has been saved.
+
+    `reference` is the policy that the KL term refers to, None where there is none.
+    """
     config = run.config
-    reference = jax.tree.map(lambda x: x.copy(), state.params) if config.grpo.kl_coef else None
     checkpoints = checkpoint.manager(run.directory / "checkpoints")
     watch = guards.Watch()
     copy = None

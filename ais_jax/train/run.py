@@ -8,6 +8,7 @@ import pathlib
 import time
 
 import jax
+import jax.numpy as jnp
 
 from ais_jax import report, settings
 from ais_jax.config import Config
@@ -60,6 +61,8 @@ def train(config: Config, reward_fn: RewardFn | None = None, name: str = "run") 
         config.train.seed,
     )
     before = _evaluate_all(evaluator, params, examples)
+    # A copy: the state takes the parameters over and gives their memory away at the first update.
+    reference = jax.tree.map(jnp.copy, params) if config.grpo.kl_coef else None
     state = run.programs.init_state(params)
     iterator = data.batches(examples.train, config.grpo.prompts, config.train.seed)
     start = 0
@@ -72,7 +75,13 @@ def train(config: Config, reward_fn: RewardFn | None = None, name: str = "run") 
     grpo_began = time.perf_counter()
     reward_fn = reward_fn or run.prompter.task.reward
     state = train_grpo(
-        run, state, start, iterator, reward_fn, lambda s: evaluator(s.params, examples.heldout)
+        run,
+        state,
+        start,
+        iterator,
+        reward_fn,
+        lambda s: evaluator(s.params, examples.heldout),
+        reference,
     )
     grpo_ended = time.perf_counter()
     after = _evaluate_all(evaluator, state.params, examples)
@@ -122,7 +131,7 @@ def _directory(config: Config, name: str) -> pathlib.Path:
 
 def _keep_compiled_programs() -> None:
     """Lets a second run start without compiling, unless JAX is told another place."""
-    if jax.config.jax_compilation_cache_dir is None:
+    if jax.config.jax_compilation_cache_dir is None:  # type: ignore[attr-defined]
         jax.config.update("jax_compilation_cache_dir", str(cache_directory() / "xla"))
 
 
