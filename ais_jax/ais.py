@@ -48,8 +48,8 @@ class Diagnostics(NamedTuple):
     amplification: jax.Array | float  # V, how much more w^2 weighs where A^2 is large
     cv: jax.Array | float | None = None  # coefficient of variation of w: R = 1 / (1 + cv^2)
     reliability_raw: jax.Array | float = 1.0  # R of the uncapped ratios
-    ratio_mean: jax.Array | float = 1.0  # E[rho], 1 in expectation for sampled tokens
-    ratio_sem: jax.Array | float = 0.0  # standard error of ratio_mean
+    ratio_mean: jax.Array | float = 1.0  # token level, E[rho]: 1 in expectation for sampled tokens
+    ratio_sem: jax.Array | float = 0.0  # token level, standard error of ratio_mean
     ratio_max: jax.Array | float = 1.0
     ratio_p99: jax.Array | float = 1.0
     capped_fraction: jax.Array | float = 0.0  # share of ratios above the cap
@@ -145,11 +145,12 @@ def diagnose(importance: ImportanceWeights, advantages: jax.Array) -> Diagnostic
     """
     delta, mask, log_ratio, ratio, w, keep, valid = importance
     a = _level_advantages(advantages, importance)
-    n = masked.count(valid, dtype=w.dtype)
     reliability, cv = _ess_ratio(w, valid)
-    reliability_raw, cv_raw = _ess_ratio(ratio, valid)
-    ratio_mean = masked.mean(ratio, valid)
+    reliability_raw, _ = _ess_ratio(ratio, valid)
     token_ratio = jnp.exp(delta)
+    tokens = masked.count(mask, dtype=w.dtype)
+    ratio_mean = masked.mean(token_ratio, mask)
+    _, token_cv = _ess_ratio(token_ratio, mask)
     return Diagnostics(
         reliability=reliability,
         severity=masked.mean(jnp.abs(log_ratio), valid),
@@ -157,7 +158,7 @@ def diagnose(importance: ImportanceWeights, advantages: jax.Array) -> Diagnostic
         cv=cv,
         reliability_raw=reliability_raw,
         ratio_mean=ratio_mean,
-        ratio_sem=ratio_mean * cv_raw / jnp.sqrt(jnp.maximum(n, 1)),
+        ratio_sem=ratio_mean * token_cv / jnp.sqrt(jnp.maximum(tokens, 1)),
         ratio_max=masked.max(ratio, valid),
         ratio_p99=masked.quantile(ratio, valid, 0.99),
         capped_fraction=masked.mean((ratio > w).astype(w.dtype), valid),
@@ -166,7 +167,7 @@ def diagnose(importance: ImportanceWeights, advantages: jax.Array) -> Diagnostic
         kl_k3=masked.mean(token_ratio - 1 - delta, mask),
         mult_error=masked.mean(jnp.exp(jnp.abs(delta)), mask),
         skew=masked.mean((w - 1) * a, valid),
-        tokens=masked.count(mask, dtype=w.dtype),
+        tokens=tokens,
         sequences=masked.count(jnp.any(mask, axis=1), dtype=w.dtype),
     )
 
@@ -318,8 +319,9 @@ def clipped_objective(
         log_ratio = masked.mean(log_ratio, mask, axis=1, keepdims=True)
     ratio = jnp.exp(jnp.clip(log_ratio, -_LOG_RATIO_LIMIT, _LOG_RATIO_LIMIT))
     clipped = jnp.clip(ratio, 1 - config.clip_low, 1 + config.clip_high)
-    objective = jnp.minimum(ratio * advantages, clipped * advantages)
+    # Not jnp.minimum: where both are equal, as at ratio 1 with a clip of 0, it halves the gradient.
     active = clipped * advantages < ratio * advantages
+    objective = jnp.where(active, jax.lax.stop_gradient(clipped), ratio) * advantages
     if config.dual_clip is not None:
         floor = config.dual_clip * advantages
         active |= (advantages < 0) & (objective < floor)

@@ -69,10 +69,15 @@ class _TrainHelp(argparse.Action):
 
 
 def _train(args) -> int:
+    import jax
+
     from ais_jax import config as config_lib
-    from ais_jax.train.run import train
+    from ais_jax.train.run import cache_directory, train
 
     config = config_lib.load(args.config, args.overrides)
+    # A second run starts without compiling, unless JAX is told another place.
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        jax.config.update("jax_compilation_cache_dir", str(cache_directory() / "xla"))
     train(config, name=pathlib.Path(args.config).stem)
     return 0
 

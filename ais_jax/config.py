@@ -70,7 +70,8 @@ class WarmupConfig:
     cache: bool = setting(True, "keep the result, and take it when the same warm-up is asked again")
 
     def __post_init__(self):
-        _at_least(self, 0, "steps", "learning_rate_warmup", "weight_decay", "careless_fraction")
+        _at_least(self, 0, "steps", "learning_rate", "learning_rate_warmup")
+        _at_least(self, 0, "weight_decay", "careless_fraction")
         _at_least(self, 1, "batch_size")
         if self.careless_fraction > 1:
             raise ValueError(f"careless_fraction={self.careless_fraction} must be at most 1")
@@ -116,7 +117,7 @@ class GRPOConfig:
     inner_epochs: int = setting(1, "times each rollout batch is gone through")
     minibatches: int = setting(1, "optimizer steps an inner epoch")
     micro_batch_size: int | None = setting(
-        None, "completions in memory at a time; null takes the whole minibatch"
+        None, "completions a forward and backward pass; null takes the whole minibatch"
     )
     kl_coef: float = setting(0.0, "weight of the k3 KL to the policy before GRPO; 0 is off")
     mask_truncated: bool = setting(False, "leave completions without an end token out of the loss")
@@ -163,7 +164,7 @@ class GRPOConfig:
 
     @property
     def rows(self) -> int:
-        """Completions in memory at a time."""
+        """Completions a forward and backward pass."""
         return self.micro_batch_size or self.minibatch_size
 
 
@@ -244,22 +245,21 @@ class Config:
         "folder of the results; null is runs/<config name>-<time>. A run that is there goes on",
     )
 
-    def __post_init__(self):
-        if self.ais.aggregation == "sequence_sum_norm" and self.ais.max_length is None:
-            raise ValueError("ais.max_length must be set with ais.aggregation=sequence_sum_norm")
-
     def check_devices(self, batch_devices: int) -> None:
         """Refuses batches that the `batch_devices` devices of data x fsdp cannot share evenly.
 
         Raises:
           ValueError: names the key.
         """
-        for key, rows in (
-            ("grpo.batch_size", self.grpo.batch_size),
-            ("grpo.micro_batch_size", self.grpo.rows),
-            ("warmup.batch_size", self.warmup.batch_size),
-            ("train.eval_batch_size", self.train.eval_batch_size),
-        ):
+        micro = "micro_batch_size" if self.grpo.micro_batch_size else "batch_size / minibatches"
+        sizes = {
+            "grpo.batch_size": self.grpo.batch_size,
+            f"grpo.{micro}": self.grpo.rows,
+            "train.eval_batch_size": self.train.eval_batch_size,
+        }
+        if self.warmup.steps:
+            sizes["warmup.batch_size"] = self.warmup.batch_size
+        for key, rows in sizes.items():
             if rows % batch_devices:
                 raise ValueError(
                     f"{key}={rows} is not divisible by the {batch_devices} devices of "

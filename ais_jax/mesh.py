@@ -36,6 +36,12 @@ class MeshConfig:
     fsdp: int = setting(1, "devices over which batch, parameters and optimizer are split")
     tensor: int = setting(1, "devices over which heads and feed-forward are split")
 
+    def __post_init__(self):
+        for name in AXES:
+            value = getattr(self, name)
+            if value < 1 and value != -1:
+                raise ValueError(f"{name}={value} must be at least 1, or -1 for all that are left")
+
 
 def make_mesh(config: MeshConfig, devices: list | None = None) -> Mesh:
     """A mesh (data, fsdp, tensor) over `devices` (default: all), for automatic partitioning.
@@ -74,7 +80,7 @@ def param_shardings(axes, shapes, mesh: Mesh, rules: Rules):
       axes: tree of tuples of logical axis names.
       shapes: tree of arrays or ShapeDtypeStructs of the same structure.
       rules: logical axis -> mesh axis. An axis whose size the mesh axis does not divide is
-        replicated: so are, for example, fewer key/value heads than `tensor` devices.
+        replicated. What counts is the size of the axis, heads times head size for a projection.
     """
 
     def place(names, leaf):

@@ -144,14 +144,15 @@ def diagnostics(batch: Batch, config: AISConfig) -> dict[str, float]:
     w, rho = [e.weight for e in found], [e.ratio for e in found]
     rows = range(batch.mask.shape[0])
     deltas = [delta(batch, row, t) for row in rows for t in valid_tokens(batch, row)]
+    token_rho = [math.exp(d) for d in deltas]
     return {
         "reliability": ess_ratio(w),
         "severity": _mean(abs(e.log_ratio) for e in found),
         "amplification": amplification(w, [e.advantage for e in found]),
         "cv": cv(w),
         "reliability_raw": ess_ratio(rho),
-        "ratio_mean": _mean(rho),
-        "ratio_sem": _mean(rho) * cv(rho) / math.sqrt(max(len(found), 1)),
+        "ratio_mean": _mean(token_rho),
+        "ratio_sem": _mean(token_rho) * cv(token_rho) / math.sqrt(max(len(deltas), 1)),
         "ratio_max": max(rho, default=0.0),
         "ratio_p99": float(np.quantile(rho, 0.99)) if rho else 0.0,
         "capped_fraction": _mean(config.cap is not None and r > config.cap for r in rho),

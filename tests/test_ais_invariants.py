@@ -23,6 +23,7 @@ from hypothesis import strategies as st
 
 from ais_jax import (
     AISConfig,
+    ais_loss,
     diagnose,
     importance_weights,
 )
@@ -317,3 +318,16 @@ def test_nan_at_a_valid_position_reaches_the_loss(config):
         values = getattr(batch, field).copy()
         values[2, 1] = math.nan
         assert math.isnan(library(batch._replace(**{field: values}), config)[0].loss), field
+
+
+@pytest.mark.parametrize("clips", [(0.0, 0.2), (0.2, 0.0), (0.0, 0.0), (0.2, 0.2)])
+@pytest.mark.parametrize("advantage", [1.0, -1.0])
+def test_the_gradient_at_ratio_1_is_whole_even_where_a_clip_begins_there(clips, advantage):
+    """At the point where both branches of the clipped objective are equal, it is the ratio's."""
+    config = AISConfig(coefficient="fixed", fixed_alpha=0.0, clip_low=clips[0], clip_high=clips[1])
+    logps = np.full((1, 1), -0.7, np.float32)
+
+    def loss(x):
+        return ais_loss(x, logps, np.array([advantage]), np.ones((1, 1)), config=config).loss
+
+    np.testing.assert_allclose(jax.grad(loss)(logps), -advantage, rtol=1e-6)

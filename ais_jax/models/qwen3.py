@@ -41,9 +41,12 @@ class Qwen3Config:
             )
         if self.head_dim % 2:
             raise ValueError(f"head_dim={self.head_dim} must be even")
-        for name in ("hidden_size", "intermediate_size", "num_hidden_layers", "head_dim"):
+        sizes = ("hidden_size", "intermediate_size", "num_hidden_layers", "head_dim")
+        for name in (*sizes, "num_attention_heads"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.vocab_size < 0:
+            raise ValueError(f"vocab_size={self.vocab_size} must be at least 0")
 
 
 class Blocks(nnx.Module):

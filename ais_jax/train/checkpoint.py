@@ -44,16 +44,32 @@ def restore(checkpoints: ocp.CheckpointManager, like: TrainState) -> Restored | 
     Raises:
       UserError: the checkpoint does not fit the configured model or optimizer.
     """
+    meta = check(checkpoints, like)
     step = checkpoints.latest_step()
-    if step is None:
+    if meta is None or step is None:
         return None
-    meta = checkpoints.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
-    _check_shapes(meta["shapes"], _shapes(like), checkpoints.directory / str(step))
     target = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
     restored = checkpoints.restore(
         step, args=ocp.args.Composite(state=ocp.args.StandardRestore(target))
     )
     return Restored(step, restored.state, meta["iterator"])
+
+
+def check(checkpoints: ocp.CheckpointManager, like: TrainState) -> dict | None:
+    """What the newest checkpoint says of itself; None where there is none.
+
+    Args:
+      like: the configured state, or its shapes alone.
+
+    Raises:
+      UserError: the checkpoint does not fit it.
+    """
+    step = checkpoints.latest_step()
+    if step is None:
+        return None
+    meta = checkpoints.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
+    _check_shapes(meta["shapes"], _shapes(like), checkpoints.directory / str(step))
+    return meta
 
 
 def _shapes(state: TrainState) -> dict[str, list[int]]:

@@ -19,15 +19,19 @@ class Watch:
     spoken: frozenset[str] = frozenset()
 
 
-def watch(state: Watch, metrics: Mapping[str, float], calibrating: bool) -> tuple[Watch, list[str]]:
+def watch(
+    state: Watch, metrics: Mapping[str, float], *, calibrating: bool, selected: bool
+) -> tuple[Watch, list[str]]:
     """The new state and the warnings to show for one step's metrics.
 
-    E[rho] = 1 for tokens sampled from the rollout policy, so a mean ratio that stays 4 standard
-    errors away means that sampler and trainer disagree about more than precision. A sampling copy
-    that does not change after an update is not the policy that learns.
+    `selected` says that rows were chosen by what was sampled (dynamic sampling, truncation masks):
+    then E[rho] is not 1 and is not watched. Otherwise it is 1 for tokens sampled from the rollout
+    policy, so a mean ratio that stays 4 standard errors away means that sampler and trainer
+    disagree about more than precision. A sampling copy that does not change after an update is not
+    the policy that learns.
     """
     found: dict[str, str] = {}
-    off = abs(metrics["ratio_mean"] - 1) > 4 * metrics["ratio_sem"] > 0
+    off = not selected and abs(metrics["ratio_mean"] - 1) > 4 * metrics["ratio_sem"] > 0
     ratio = state.ratio + 1 if off else 0
     if ratio >= PATIENCE:
         found["ratio"] = (

@@ -26,13 +26,19 @@ RewardFn = Callable[[Sequence[str], Sequence[dict]], np.ndarray]
 
 @dataclasses.dataclass(frozen=True)
 class Sampled:
-    """One step's rollouts on the host, groups in consecutive rows."""
+    """One step's rollouts, groups in consecutive rows.
+
+    The statistics are of everything that was sampled, also of groups that dynamic sampling drops.
+    """
 
     rollout: Rollout
     examples: list[dict]
     completions: list[str]
     rewards: np.ndarray  # [B] float32
-    informative: float  # share of the sampled groups whose rewards differ
+    reward: float
+    accuracy: float
+    informative: float  # share of groups whose rewards differ
+    count: int  # tokens
     seconds: float  # time spent in the sampler
 
 
@@ -41,6 +47,7 @@ def train_grpo(
     state: TrainState,
     start: int,
     iterator,
+    checkpoints,
     reward_fn: RewardFn,
     evaluate: Callable[[TrainState], dict[str, float]],
     reference: Params | None,
@@ -50,7 +57,6 @@ def train_grpo(
     `reference` is the policy that the KL term refers to, None where there is none.
     """
     config = run.config
-    checkpoints = checkpoint.manager(run.directory / "checkpoints")
     watch = guards.Watch()
     copy = None
     with (
@@ -68,14 +74,16 @@ def train_grpo(
                 writer.write_samples(step, _samples(sampled, config.grpo.group_size))
             progress.update(step, metrics)
             calibrating = config.ais.severity_scale == "auto"
-            watch, warnings = guards.watch(watch, {"step": step, **metrics}, calibrating)
+            selected = config.grpo.dynamic_sampling or config.grpo.mask_truncated
+            watch, warnings = guards.watch(
+                watch, {"step": step, **metrics}, calibrating=calibrating, selected=selected
+            )
             for text in warnings:
                 progress.message(f"warning: {text}")
             _stop_if_stuck(state, config, step)
             if _every(config.train.checkpoint_every, step) or step == config.train.steps:
                 checkpoint.save(checkpoints, step, state, iterator.get_state())
     checkpoints.wait_until_finished()
-    checkpoints.close()
     return state
 
 
@@ -100,8 +108,8 @@ def train_step(run: Run, state, copy, step: int, iterator, reward_fn, reference)
 
     lengths = np.asarray(sampled.rollout.mask).sum(axis=1)
     metrics = {
-        "reward": sampled.rewards.mean(),
-        "accuracy": run.prompter.task.score(sampled.completions, sampled.examples).mean(),
+        "reward": sampled.reward,
+        "accuracy": sampled.accuracy,
         "coefficient": measured.coefficient,
         "severity_scale": measured.severity_scale,
         **measured.diagnostics._asdict(),
@@ -112,7 +120,7 @@ def train_step(run: Run, state, copy, step: int, iterator, reward_fn, reference)
         "zero_variance_fraction": 1 - sampled.informative,
         "learning_rate": run.learning_rate(step),
         "codes_changed": changed,
-        "tokens_per_second": lengths.sum() / clock["rollout_seconds"],
+        "tokens_per_second": sampled.count / clock["rollout_seconds"],
         **clock,
     }
     return state, copy, {name: float(value) for name, value in metrics.items()}, sampled
@@ -148,8 +156,17 @@ def _sample_round(run: Run, copy, key, iterator, reward_fn) -> Sampled:
     seconds = time.perf_counter() - began
     completions = run.prompter.completions(rollout)
     rewards = checked_rewards(reward_fn(completions, examples), len(examples))
-    informative = float(grpo.informative_groups(rewards, c.group_size).mean())
-    return Sampled(rollout, examples, completions, rewards, informative, seconds)
+    return Sampled(
+        rollout,
+        examples,
+        completions,
+        rewards,
+        reward=float(rewards.mean()),
+        accuracy=float(run.prompter.task.score(completions, examples).mean()),
+        informative=float(grpo.informative_groups(rewards, c.group_size).mean()),
+        count=int(np.asarray(rollout.mask).sum()),
+        seconds=seconds,
+    )
 
 
 def _select_groups(rounds: list[Sampled], group_size: int, groups: int) -> Sampled:
@@ -169,8 +186,11 @@ def _select_groups(rounds: list[Sampled], group_size: int, groups: int) -> Sampl
         [examples[i] for i in rows],
         [completions[i] for i in rows],
         rewards[rows],
-        float(useful.mean()),
-        sum(r.seconds for r in rounds),
+        reward=float(rewards.mean()),
+        accuracy=float(np.mean([r.accuracy for r in rounds])),
+        informative=float(useful.mean()),
+        count=sum(r.count for r in rounds),
+        seconds=sum(r.seconds for r in rounds),
     )
 
 

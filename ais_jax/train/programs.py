@@ -7,6 +7,7 @@ import functools
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 
@@ -31,6 +32,8 @@ class Programs:
     update(state, batch, coefficient) -> (state, metrics); `state` is donated
     put(array) -> the array, its rows split over the devices
     """
+
+    mesh: jax.sharding.Mesh
 
     init_params: Callable
     init_state: Callable
@@ -70,8 +73,13 @@ def build_programs(
         micro_batches=config.grpo.minibatch_size // config.grpo.rows,
     )
     return Programs(
+        mesh=mesh,
         init_params=jax.jit(model.init, out_shardings=shardings.params),
-        init_state=jax.jit(lambda params: init_state(params, optimizer), out_shardings=shardings),
+        # A copy: updates give the state's memory away, and the caller keeps the parameters.
+        init_state=jax.jit(
+            lambda params: init_state(jax.tree.map(jnp.copy, params), optimizer),
+            out_shardings=shardings,
+        ),
         # The old copy is compared and then dead: its memory is the new one's.
         refit=jax.jit(refit, donate_argnums=1, out_shardings=(copy_shardings, everywhere)),
         rollout=jax.jit(policy.rollout, out_shardings=rows),

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import datetime
+import itertools
 import os
 import pathlib
 import time
 
 import jax
-import jax.numpy as jnp
 
 from ais_jax import report, settings
 from ais_jax.config import Config
@@ -38,14 +38,12 @@ def train(config: Config, reward_fn: RewardFn | None = None, name: str = "run") 
       UserError: the configuration cannot be run, or a checkpoint does not fit it.
     """
     began = time.perf_counter()
-    _keep_compiled_programs()
     try:
         run = build_run(config, _directory(config, name))
         examples = build_examples(config)
     except ValueError as error:
         raise UserError(str(error)) from error
-    run.directory.mkdir(parents=True, exist_ok=True)
-    settings.save_yaml(config, run.directory / "config.yaml")
+    checkpoints = _open_directory(run)
     _say_hello(run, examples)
 
     params, cached = warm_up(
@@ -61,28 +59,29 @@ def train(config: Config, reward_fn: RewardFn | None = None, name: str = "run") 
         config.train.seed,
     )
     before = _evaluate_all(evaluator, params, examples)
-    # A copy: the state takes the parameters over and gives their memory away at the first update.
-    reference = jax.tree.map(jnp.copy, params) if config.grpo.kl_coef else None
+    reference = params if config.grpo.kl_coef else None
     state = run.programs.init_state(params)
+    del params  # without a KL term nothing else needs them
     iterator = data.batches(examples.train, config.grpo.prompts, config.train.seed)
     start = 0
-    restored = checkpoint.restore(checkpoint.manager(run.directory / "checkpoints"), state)
+    restored = checkpoint.restore(checkpoints, state)
     if restored is not None:
         start, state = restored.step, restored.state
         iterator.set_state(restored.iterator)
         console().print(f"going on after step {start} in {run.directory}")
 
     grpo_began = time.perf_counter()
-    reward_fn = reward_fn or run.prompter.task.reward
-    state = train_grpo(
-        run,
-        state,
-        start,
-        iterator,
-        reward_fn,
-        lambda s: evaluator(s.params, examples.heldout),
-        reference,
-    )
+    with checkpoints:
+        state = train_grpo(
+            run,
+            state,
+            start,
+            iterator,
+            checkpoints,
+            reward_fn or run.prompter.task.reward,
+            lambda s: evaluator(s.params, examples.heldout),
+            reference,
+        )
     grpo_ended = time.perf_counter()
     after = _evaluate_all(evaluator, state.params, examples)
     summary = {
@@ -102,6 +101,38 @@ def train(config: Config, reward_fn: RewardFn | None = None, name: str = "run") 
     final_table(before, after, title=f"{config.task.name}: before and after GRPO")
     console().print(f"results: {run.directory}   curves: {picture}")
     return summary
+
+
+def _open_directory(run: Run):
+    """The run's folder and its checkpoints, which are checked before anything is overwritten."""
+    try:
+        run.directory.mkdir(parents=True, exist_ok=True)
+        checkpoints = checkpoint.manager(run.directory / "checkpoints")
+    except OSError as error:
+        raise UserError(
+            f"output_dir {run.directory} cannot be used: {error.strerror or error}"
+        ) from error
+    key = jax.ShapeDtypeStruct((), jax.random.key(0).dtype)
+    params = jax.eval_shape(run.programs.init_params, key)
+    checkpoint.check(checkpoints, jax.eval_shape(run.programs.init_state, params))
+    before = run.directory / "config.yaml"
+    if checkpoints.latest_step() is not None and before.exists():
+        changed = _changed_keys(settings.load_yaml(before), settings.to_dict(run.config))
+        if changed:
+            console().print(f"going on with other settings than before: {', '.join(changed)}")
+    settings.save_yaml(run.config, run.directory / "config.yaml")
+    return checkpoints
+
+
+def _changed_keys(old: dict, new: dict, prefix: str = "") -> list[str]:
+    keys = []
+    for name in sorted(old.keys() | new.keys()):
+        a, b = old.get(name), new.get(name)
+        if isinstance(a, dict) and isinstance(b, dict):
+            keys += _changed_keys(a, b, f"{prefix}{name}.")
+        elif a != b:
+            keys.append(prefix + name)
+    return keys
 
 
 def _evaluate_all(evaluator, params, examples: Examples) -> dict[str, float]:
@@ -126,13 +157,10 @@ def _say_hello(run: Run, examples: Examples) -> None:
 def _directory(config: Config, name: str) -> pathlib.Path:
     if config.output_dir is not None:
         return pathlib.Path(config.output_dir)
-    return pathlib.Path("runs") / f"{name}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
-
-
-def _keep_compiled_programs() -> None:
-    """Lets a second run start without compiling, unless JAX is told another place."""
-    if jax.config.jax_compilation_cache_dir is None:  # type: ignore[attr-defined]
-        jax.config.update("jax_compilation_cache_dir", str(cache_directory() / "xla"))
+    path = pathlib.Path("runs") / f"{name}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
+    # A run that began in the same second keeps its folder to itself.
+    others = (path.with_name(f"{path.name}-{i}") for i in itertools.count(2))
+    return path if not path.exists() else next(p for p in others if not p.exists())
 
 
 def cache_directory() -> pathlib.Path:

@@ -90,7 +90,7 @@ def loss(
     total, kl = result.loss, jnp.float32(0)
     if batch.ref_logps is not None:
         log_ratio = masked.select(batch.ref_logps, batch.mask) - masked.select(logps, batch.mask)
-        k3 = jnp.expm1(log_ratio) - log_ratio
+        k3 = jnp.expm1(jnp.clip(log_ratio, -20, 20)) - log_ratio
         kl = ais.aggregate(k3, batch.mask, denominator, config)
         total += kl_coef * kl
     clipped = result.clip_fraction * masked.count(batch.mask)

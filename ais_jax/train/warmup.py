@@ -20,6 +20,10 @@ from ais_jax.sampling.prompts import Prompter
 from ais_jax.train import checkpoint, data
 from ais_jax.train.display import WARMUP_COLUMNS, Progress
 from ais_jax.train.optimizer import warmup_optimizer
+from ais_jax.train.state import state_shardings
+
+# To be raised with every change of model, tasks or training that changes what a warm-up gives.
+VERSION = 1
 
 
 def supervised_loss(params: Params, batch: Rollout, policy: Policy) -> jax.Array:
@@ -36,7 +40,7 @@ def warm_up(
     params = programs.init_params(init_key)
     if config.warmup.steps == 0:
         return params, False
-    path = pathlib.Path(cache_dir) / f"warmup-{_fingerprint(config, prompter)}"
+    path = pathlib.Path(cache_dir) / f"warmup-{fingerprint(config, prompter, examples)}"
     if config.warmup.cache and checkpoint.exists(path):
         return checkpoint.load_params(path, params), True
     params = _train(config, policy, prompter, examples, programs, params)
@@ -57,8 +61,10 @@ def _train(config, policy, prompter, examples, programs, params) -> Params:
         updates, opt_state = optimizer.update(grads, opt_state, params)
         return optax.apply_updates(params, updates), opt_state, value
 
-    train_step = jax.jit(step, donate_argnums=(0, 1))
-    opt_state = jax.jit(optimizer.init)(params)
+    shardings = state_shardings(policy.model, optimizer, programs.mesh)
+    placed = (shardings.params, shardings.opt_state)
+    train_step = jax.jit(step, donate_argnums=(0, 1), out_shardings=(*placed, None))
+    opt_state = jax.jit(optimizer.init, out_shardings=shardings.opt_state)(params)
     iterator = data.batches(examples, config.warmup.batch_size, config.train.seed)
     rng = np.random.default_rng(config.train.seed)
     with Progress(config.warmup.steps, "warm-up", columns=WARMUP_COLUMNS) as progress:
@@ -77,10 +83,12 @@ def _train(config, policy, prompter, examples, programs, params) -> Params:
     return params
 
 
-def _fingerprint(config: Config, prompter: Prompter) -> str:
-    """Names a warm-up by everything that its result depends on."""
+def fingerprint(config: Config, prompter: Prompter, examples: list[dict]) -> str:
+    """Names a warm-up by all that its result depends on, the problems themselves included."""
     tree = settings.to_dict(config)
     relevant = {key: tree[key] for key in ("model", "task", "warmup")}
+    relevant["version"] = VERSION
+    relevant["examples"] = examples
     relevant["train"] = {key: tree["train"][key] for key in ("seed", "dtype")}
     relevant["lengths"] = [config.rollout.max_prompt_tokens, config.rollout.max_new_tokens]
     relevant["alphabet"] = prompter.tokenizer.alphabet

@@ -3,10 +3,12 @@ from ais_jax.train.guards import Watch, watch
 FINE = {"step": 1, "ratio_mean": 1.001, "ratio_sem": 0.001, "codes_changed": 0.1, "grad_norm": 1.0}
 
 
-def run(rows, calibrating=False):
+def run(rows, calibrating=False, selected=False):
     state, said = Watch(), []
     for step, row in enumerate(rows, 1):
-        state, messages = watch(state, {**FINE, **row, "step": step}, calibrating)
+        state, messages = watch(
+            state, {**FINE, **row, "step": step}, calibrating=calibrating, selected=selected
+        )
         said += messages
     return said
 
@@ -21,6 +23,7 @@ def test_a_ratio_away_from_one_is_told_once_and_only_if_it_stays():
     said = run([off] * 9)
     assert len(said) == 1
     assert "1.1000" in said[0]
+    assert run([off] * 9, selected=True) == []
 
 
 def test_a_deaf_copy_is_told():

@@ -10,9 +10,13 @@ import ais_jax
 from ais_jax import config as config_lib
 from ais_jax import settings
 from ais_jax.errors import UserError
+from ais_jax.models.tokenizers import CharTokenizer
+from ais_jax.sampling.prompts import Prompter
+from ais_jax.tasks import get_task
 from ais_jax.train import checkpoint, data
 from ais_jax.train.metrics import read_metrics
 from ais_jax.train.setup import build_examples
+from ais_jax.train.warmup import fingerprint
 
 REQUIRED = {
     "step",
@@ -128,11 +132,38 @@ def test_interrupted_and_resumed_equals_uninterrupted(job):
     jax.tree.map(np.testing.assert_array_equal, *states)
 
 
+def test_a_run_that_dies_goes_on_from_its_last_checkpoint(job, capsys):
+    make, folder = job
+    often = {"train.checkpoint_every": 2, "train.eval_every": 2, "train.steps": 6}
+    ais_jax.train(make("whole", **often), varied)
+    calls = []
+
+    def dies_at_step_6(completions, examples):
+        calls.append(None)
+        if len(calls) == 6:
+            raise RuntimeError("out of rewards")
+        return varied(completions, examples)
+
+    with pytest.raises(RuntimeError, match="out of rewards"):
+        ais_jax.train(make("parts", **often), dies_at_step_6)
+    ais_jax.train(make("parts", **often, **{"train.samples_every": 3}), varied)
+    text = capsys.readouterr().out
+    assert "going on after step 4" in text
+    assert "other settings than before: train.samples_every" in text
+    whole, parts = (metrics_of(folder / name) for name in ("whole", "parts"))
+    assert parts[4].pop("codes_changed") is None
+    del whole[4]["codes_changed"]
+    assert whole == parts
+    assert [row["step"] for row in whole if "eval_accuracy" in row] == [2, 4, 6]
+
+
 def test_a_checkpoint_of_another_model_is_refused(job):
-    make, _ = job
+    make, folder = job
     ais_jax.train(make())
+    config = (folder / "run" / "config.yaml").read_text()
     with pytest.raises(UserError, match=r"checkpoints/4 does not fit .*params.*\[21, 32\] there"):
         ais_jax.train(make(**{"model.hidden_size": 64, "train.steps": 6}))
+    assert (folder / "run" / "config.yaml").read_text() == config
 
 
 def test_the_warm_up_is_cached_by_what_it_depends_on(job):
@@ -142,6 +173,22 @@ def test_the_warm_up_is_cached_by_what_it_depends_on(job):
     assert again["warmup_cached"]
     assert not ais_jax.train(make("c", **{"warmup.steps": 31}))["warmup_cached"]
     assert not ais_jax.train(make("d", **{"warmup.cache": False}))["warmup_cached"]
+
+
+def test_the_warm_up_depends_on_the_problems_themselves(job):
+    """Those are fewer where the real file, whose puzzles are left out, is present."""
+    make, folder = job
+    config = make(**{"task.eval_file": "real.jsonl"})
+    prompter = Prompter(get_task("countdown"), CharTokenizer("01"), 16, 10)
+    absent = build_examples(config)
+    (folder / "real.jsonl").write_text(json.dumps(absent.train[0]) + "\n")
+    present = build_examples(config)
+    assert fingerprint(config, prompter, absent.train) == fingerprint(
+        config, prompter, list(absent.train)
+    )
+    assert fingerprint(config, prompter, absent.train) != fingerprint(
+        config, prompter, present.train
+    )
 
 
 def test_a_users_reward_is_what_is_learned(job):
@@ -217,8 +264,10 @@ def test_dynamic_sampling_refills_with_groups_that_differ(job):
     ais_jax.train(config, reward_fn=rare)
     assert calls == [16, 16, 16, 16]
     row = metrics_of(folder / "run")[0]
-    assert row["reward"] == pytest.approx(4 / 16)
+    # Reward and shares are of all that was sampled, not of the groups that were kept.
+    assert row["reward"] == pytest.approx(1 / 16)
     assert row["zero_variance_fraction"] == pytest.approx(0.75)
+    assert row["grad_norm"] > 0
 
 
 def test_iteration_order_is_saved_and_differs_between_epochs():
