@@ -382,7 +382,7 @@ def ais_loss(
     diagnostics = diagnose(importance, advantages)
     if coefficient is None:
         coefficient = mixing_coefficient(diagnostics, config, severity_scale)
-    coefficient = _at_least_float32(coefficient)
+    coefficient = jax.lax.stop_gradient(_at_least_float32(coefficient))
     omega = token_weights(importance, coefficient)
 
     a = _advantages(advantages, mask, logps.dtype)
@@ -391,7 +391,6 @@ def ais_loss(
         denominator = loss_denominator(mask, config)
     loss = -aggregate(omega * objective, mask, denominator, config)
     clip_fraction = masked.mean(clip_active.astype(logps.dtype), mask)
-    coefficient = jax.lax.stop_gradient(coefficient)
     return AISResult(coefficient, loss, omega, diagnostics, jax.lax.stop_gradient(clip_fraction))
 
 

@@ -1,7 +1,7 @@
 """Everything a run can be told: one tree of frozen dataclasses, read from YAML.
 
 `load(path, overrides)` gives a `Config` or a `UserError` of one line. Each section checks itself;
-what concerns several sections is checked in `Config`.
+`Config.check_devices` checks batches against the devices, once these are known.
 """
 
 from __future__ import annotations
@@ -15,15 +15,8 @@ from ais_jax.ais_config import AISConfig
 from ais_jax.mesh import MeshConfig
 from ais_jax.models.qwen3 import Qwen3Config
 from ais_jax.quantize import RECIPES
-from ais_jax.settings import setting
+from ais_jax.settings import at_least, setting
 from ais_jax.tasks import TASKS, countdown, sudoku
-
-
-def _at_least(section, minimum, *names: str) -> None:
-    for name in names:
-        value = getattr(section, name)
-        if value is not None and value < minimum:
-            raise ValueError(f"{name}={value} must be at least {minimum}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +40,7 @@ class TaskConfig:
     )
 
     def __post_init__(self):
-        _at_least(self, 1, "train_examples", "heldout_examples")
+        at_least(self, 1, "train_examples", "heldout_examples")
 
     @property
     def options(self):
@@ -70,9 +63,9 @@ class WarmupConfig:
     cache: bool = setting(True, "keep the result, and take it when the same warm-up is asked again")
 
     def __post_init__(self):
-        _at_least(self, 0, "steps", "learning_rate", "learning_rate_warmup")
-        _at_least(self, 0, "weight_decay", "careless_fraction")
-        _at_least(self, 1, "batch_size")
+        at_least(self, 0, "steps", "learning_rate", "learning_rate_warmup")
+        at_least(self, 0, "weight_decay", "careless_fraction")
+        at_least(self, 1, "batch_size")
         if self.careless_fraction > 1:
             raise ValueError(f"careless_fraction={self.careless_fraction} must be at most 1")
 
@@ -90,7 +83,7 @@ class RolloutConfig:
     score_chunk: int = setting(128, "positions whose logits exist at the same time while scoring")
 
     def __post_init__(self):
-        _at_least(self, 1, "max_prompt_tokens", "max_new_tokens", "score_chunk")
+        at_least(self, 1, "max_prompt_tokens", "max_new_tokens", "score_chunk")
         if self.temperature <= 0:
             raise ValueError(
                 f"temperature={self.temperature} must be above 0: greedy rollouts have no ratio"
@@ -127,8 +120,8 @@ class GRPOConfig:
     dynamic_sampling_rounds: int = setting(4, "sampling rounds a step at most")
 
     def __post_init__(self):
-        _at_least(self, 2, "group_size")
-        _at_least(
+        at_least(self, 2, "group_size")
+        at_least(
             self,
             1,
             "batch_size",
@@ -137,7 +130,7 @@ class GRPOConfig:
             "micro_batch_size",
             "dynamic_sampling_rounds",
         )
-        _at_least(self, 0, "kl_coef")
+        at_least(self, 0, "kl_coef")
         if self.batch_size % self.group_size:
             raise ValueError(
                 f"batch_size={self.batch_size} is not divisible by group_size={self.group_size}"
@@ -182,7 +175,7 @@ class OptimizerConfig:
     max_grad_norm: float = setting(1.0, "clip of the global gradient norm")
 
     def __post_init__(self):
-        _at_least(self, 0, "learning_rate", "warmup_steps", "weight_decay", "final_fraction")
+        at_least(self, 0, "learning_rate", "warmup_steps", "weight_decay", "final_fraction")
         if not (0 <= self.b1 < 1 and 0 <= self.b2 < 1):
             raise ValueError(f"b1={self.b1} and b2={self.b2} must be in [0, 1)")
         if self.max_grad_norm <= 0:
@@ -211,7 +204,7 @@ class TrainConfig:
     max_skipped_updates: int = setting(10, "non-finite updates in a row that stop the run")
 
     def __post_init__(self):
-        _at_least(
+        at_least(
             self,
             1,
             "steps",
@@ -220,7 +213,7 @@ class TrainConfig:
             "samples_every",
             "max_skipped_updates",
         )
-        _at_least(self, 0, "seed", "checkpoint_every", "eval_every")
+        at_least(self, 0, "seed", "checkpoint_every", "eval_every")
 
 
 def _section(cls, doc: str):

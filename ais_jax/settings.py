@@ -66,6 +66,14 @@ def setting(
     return dataclasses.field(**kwargs, metadata=metadata)  # type: ignore[call-overload]
 
 
+def at_least(section: Any, minimum: float, *names: str) -> None:
+    """For `__post_init__`: ValueError for a field of `section` below `minimum`; None passes."""
+    for name in names:
+        value = getattr(section, name)
+        if value is not None and value < minimum:
+            raise ValueError(f"{name}={value} must be at least {minimum}")
+
+
 def build(cls: type[T], data: Mapping, where: str = "") -> T:
     """`cls` from nested mappings, every key and value checked.
 

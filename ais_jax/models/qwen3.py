@@ -14,7 +14,7 @@ from flax import nnx
 from ais_jax.models import layers
 from ais_jax.models.layers import KVCache
 from ais_jax.quantize import linear
-from ais_jax.settings import setting
+from ais_jax.settings import at_least, setting
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,12 +41,9 @@ class Qwen3Config:
             )
         if self.head_dim % 2:
             raise ValueError(f"head_dim={self.head_dim} must be even")
-        sizes = ("hidden_size", "intermediate_size", "num_hidden_layers", "head_dim")
-        for name in (*sizes, "num_attention_heads"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
-        if self.vocab_size < 0:
-            raise ValueError(f"vocab_size={self.vocab_size} must be at least 0")
+        at_least(self, 1, "hidden_size", "intermediate_size", "num_hidden_layers", "head_dim")
+        at_least(self, 1, "num_attention_heads")
+        at_least(self, 0, "vocab_size")
 
 
 class Blocks(nnx.Module):

@@ -142,7 +142,7 @@ def sample_groups(run: Run, copy, key, iterator, reward_fn) -> Sampled:
             break
     if len(rounds) == 1:
         return rounds[0]
-    return _select_groups(rounds, c.group_size, c.prompts)
+    return select_groups(rounds, c.group_size, c.prompts)
 
 
 def _sample_round(run: Run, copy, key, iterator, reward_fn) -> Sampled:
@@ -169,8 +169,8 @@ def _sample_round(run: Run, copy, key, iterator, reward_fn) -> Sampled:
     )
 
 
-def _select_groups(rounds: list[Sampled], group_size: int, groups: int) -> Sampled:
-    """The first `groups` groups, those whose rewards differ first."""
+def select_groups(rounds: list[Sampled], group_size: int, groups: int) -> Sampled:
+    """`groups` groups of several rounds: those whose rewards differ, in order, then others."""
     rewards = np.concatenate([r.rewards for r in rounds])
     useful = grpo.informative_groups(rewards, group_size)
     order = np.argsort(~useful, kind="stable")[:groups]

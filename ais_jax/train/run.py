@@ -19,6 +19,7 @@ from ais_jax.train.display import console, final_table
 from ais_jax.train.loop import RewardFn, train_grpo
 from ais_jax.train.metrics import write_json
 from ais_jax.train.setup import Examples, Run, build_examples, build_run
+from ais_jax.train.state import TrainState
 from ais_jax.train.warmup import warm_up
 
 
@@ -43,9 +44,21 @@ def train(config: Config, reward_fn: RewardFn | None = None, name: str = "run") 
         examples = build_examples(config)
     except ValueError as error:
         raise UserError(str(error)) from error
-    checkpoints = _open_directory(run)
-    _say_hello(run, examples)
+    reward_fn = reward_fn or run.prompter.task.reward
+    with _open_directory(run) as checkpoints:
+        _say_hello(run, examples)
+        summary = _phases(run, examples, checkpoints, reward_fn, began)
+    write_json(run.directory / "summary.json", summary)
+    picture = report.curves(run.directory)
+    title = f"{config.task.name}: before and after GRPO"
+    final_table(summary["before"], summary["after"], title=title)
+    console().print(f"results: {run.directory}   curves: {picture}")
+    return summary
 
+
+def _phases(run: Run, examples: Examples, checkpoints, reward_fn: RewardFn, began: float) -> dict:
+    """Warm-up, evaluation, GRPO, evaluation; returns the summary, timed from `began`."""
+    config = run.config
     params, cached = warm_up(
         config, run.policy, run.prompter, examples.train, run.programs, cache_directory()
     )
@@ -62,29 +75,23 @@ def train(config: Config, reward_fn: RewardFn | None = None, name: str = "run") 
     reference = params if config.grpo.kl_coef else None
     state = run.programs.init_state(params)
     del params  # without a KL term nothing else needs them
-    iterator = data.batches(examples.train, config.grpo.prompts, config.train.seed)
-    start = 0
-    restored = checkpoint.restore(checkpoints, state)
-    if restored is not None:
-        start, state = restored.step, restored.state
-        iterator.set_state(restored.iterator)
-        console().print(f"going on after step {start} in {run.directory}")
+    start, state, iterator = _resume(run, examples, checkpoints, state)
 
     grpo_began = time.perf_counter()
-    with checkpoints:
-        state = train_grpo(
-            run,
-            state,
-            start,
-            iterator,
-            checkpoints,
-            reward_fn or run.prompter.task.reward,
-            lambda s: evaluator(s.params, examples.heldout),
-            reference,
-        )
+    heldout = examples.heldout
+    state = train_grpo(
+        run,
+        state,
+        start,
+        iterator,
+        checkpoints,
+        reward_fn,
+        lambda s: evaluator(s.params, heldout),
+        reference,
+    )
     grpo_ended = time.perf_counter()
     after = _evaluate_all(evaluator, state.params, examples)
-    summary = {
+    return {
         "before": before,
         "after": after,
         "warmup_cached": cached,
@@ -96,11 +103,18 @@ def train(config: Config, reward_fn: RewardFn | None = None, name: str = "run") 
         "parameters": sum(x.size for x in jax.tree.leaves(state.params)),
         "output_dir": str(run.directory),
     }
-    write_json(run.directory / "summary.json", summary)
-    picture = report.curves(run.directory)
-    final_table(before, after, title=f"{config.task.name}: before and after GRPO")
-    console().print(f"results: {run.directory}   curves: {picture}")
-    return summary
+
+
+def _resume(run: Run, examples: Examples, checkpoints, state: TrainState):
+    """(steps done, state, data iterator): of the newest checkpoint, or of a start."""
+    config = run.config
+    iterator = data.batches(examples.train, config.grpo.prompts, config.train.seed)
+    restored = checkpoint.restore(checkpoints, state)
+    if restored is None:
+        return 0, state, iterator
+    iterator.set_state(restored.iterator)
+    console().print(f"going on after step {restored.step} in {run.directory}")
+    return restored.step, restored.state, iterator
 
 
 def _open_directory(run: Run):

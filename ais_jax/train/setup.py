@@ -7,8 +7,6 @@ import os
 import pathlib
 from collections.abc import Callable
 
-import optax
-
 from ais_jax import mesh as mesh_lib
 from ais_jax import models, tasks
 from ais_jax.config import Config
@@ -28,7 +26,6 @@ class Run:
     directory: pathlib.Path
     policy: Policy
     prompter: Prompter
-    optimizer: optax.GradientTransformation
     programs: Programs
     learning_rate: Callable[[int], float]
 
@@ -79,7 +76,6 @@ def build_run(config: Config, directory: pathlib.Path) -> Run:
         prompter=Prompter(
             task, tokenizer, config.rollout.max_prompt_tokens, config.rollout.max_new_tokens
         ),
-        optimizer=optimizer,
         programs=build_programs(config, policy, optimizer, mesh),
         learning_rate=lambda step: float(schedule((step - 1) * updates)),
     )

@@ -11,9 +11,11 @@ from ais_jax import config as config_lib
 from ais_jax import settings
 from ais_jax.errors import UserError
 from ais_jax.models.tokenizers import CharTokenizer
+from ais_jax.sampling import Rollout
 from ais_jax.sampling.prompts import Prompter
 from ais_jax.tasks import get_task
 from ais_jax.train import checkpoint, data
+from ais_jax.train.loop import Sampled, select_groups
 from ais_jax.train.metrics import read_metrics
 from ais_jax.train.setup import build_examples
 from ais_jax.train.warmup import fingerprint
@@ -268,6 +270,30 @@ def test_dynamic_sampling_refills_with_groups_that_differ(job):
     assert row["reward"] == pytest.approx(1 / 16)
     assert row["zero_variance_fraction"] == pytest.approx(0.75)
     assert row["grad_norm"] > 0
+
+
+def test_groups_that_differ_are_selected_row_by_row():
+    """Every array and list of a selected row is that row's, from whichever round it came."""
+
+    def sampled(first, rewards):
+        ids = np.arange(first, first + 4)
+        mask = np.ones((4, 3), bool)
+        rollout = Rollout(ids[:, None], mask, ids[:, None] * 10, mask, ids[:, None] / 2, mask[:, 0])
+        texts = [str(i) for i in ids]
+        rewards = np.array(rewards, np.float32)
+        return Sampled(rollout, [{"i": i} for i in ids], texts, rewards, 0, 0, 0, 12, 0.5)
+
+    rounds = [sampled(0, [1, 1, 0, 1]), sampled(4, [2, 2, 3, 0])]
+    chosen = select_groups(rounds, group_size=2, groups=3)
+    rows = [2, 3, 6, 7, 0, 1]  # the two groups that differ, then the first that does not
+    np.testing.assert_array_equal(chosen.rollout.prompts[:, 0], rows)
+    np.testing.assert_array_equal(chosen.rollout.tokens[:, 0], np.multiply(rows, 10))
+    np.testing.assert_array_equal(chosen.rollout.logps[:, 0], np.divide(rows, 2))
+    assert [example["i"] for example in chosen.examples] == rows
+    assert chosen.completions == [str(i) for i in rows]
+    np.testing.assert_array_equal(chosen.rewards, [0, 1, 3, 0, 1, 1])
+    assert (chosen.reward, chosen.informative) == (10 / 8, 2 / 4)
+    assert (chosen.count, chosen.seconds) == (24, 1.0)
 
 
 def test_iteration_order_is_saved_and_differs_between_epochs():
