@@ -2,106 +2,23 @@
 
 `build(config)` splits a module once into its structure and its parameters; everything above this
 package passes `params`, a nested dict of arrays (or `QuantArray`s), and calls the pure functions
-of `Model`.
+of `Model`. `from_pretrained` and `save_pretrained` read and write published checkpoints.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import functools
-from typing import Any
-
-import jax
-import jax.numpy as jnp
-from flax import nnx
-from flax.traverse_util import unflatten_dict
-
 from ais_jax.models.layers import KVCache
-from ais_jax.models.qwen3 import Qwen3, Qwen3Config, empty_cache
+from ais_jax.models.llada import LladaConfig
+from ais_jax.models.model import Model, ModelConfig, Params, build, positions_of
+from ais_jax.models.qwen3 import Qwen3Config
 
-Params = dict[str, Any]
-
-__all__ = ["KVCache", "Model", "Params", "Qwen3Config", "build"]
-
-
-@dataclasses.dataclass(frozen=True)
-class Model:
-    """A model's structure. Hashable, so a static argument; parameters are passed to each call.
-
-    Attributes:
-      config: sizes.
-      dtype: dtype of activations, "bfloat16" or "float32"; parameters are cast where used.
-      remat: recompute each block in the backward pass instead of storing its activations.
-    """
-
-    config: Qwen3Config
-    dtype: str = "bfloat16"
-    remat: bool = False
-
-    @functools.cached_property
-    def _abstract(self):
-        return nnx.split(nnx.eval_shape(lambda: Qwen3(self.config, rngs=nnx.Rngs(0))))
-
-    def _module(self, params: Params) -> Qwen3:
-        return nnx.merge(self._abstract[0], params)
-
-    def abstract_params(self) -> Params:
-        """Shapes and dtypes of the parameters; nothing is allocated."""
-        return nnx.to_pure_dict(self._abstract[1])
-
-    def param_axes(self) -> Params:
-        """Logical axis names of each parameter, a tuple a leaf."""
-        flat = nnx.to_flat_state(self._abstract[1])
-        return unflatten_dict({path: v.get_metadata()["axes"] for path, v in flat})
-
-    def init(self, key: jax.Array) -> Params:
-        """Random float32 parameters. Jit it with `out_shardings` to create them in place."""
-        return nnx.to_pure_dict(nnx.state(Qwen3(self.config, rngs=nnx.Rngs(params=key))))
-
-    def hidden(
-        self,
-        params: Params,
-        tokens: jax.Array,
-        positions: jax.Array,
-        key_mask: jax.Array,
-        cache: KVCache | None = None,
-        index: jax.Array | int = 0,
-    ) -> tuple[jax.Array, KVCache | None]:
-        """Final hidden states [B, T, D] in `dtype`, and the updated cache.
-
-        Args:
-          params: parameters, quantized or not.
-          tokens: [B, T] int32.
-          positions: [B, T] int32, position of each token in its own row.
-          key_mask: [B, S] bool, real tokens among the keys; S is the cache's length, T without one.
-          cache: keys and values of what came before, or None.
-          index: key position of the first of the T tokens.
-        """
-        module = self._module(params)
-        return module.hidden(
-            tokens, positions, key_mask, cache, index, jnp.dtype(self.dtype), self.remat
-        )
-
-    def unembed(self, params: Params, hidden: jax.Array) -> jax.Array:
-        """Logits [..., V] float32 of hidden states [..., D]."""
-        return self._module(params).unembed(hidden)
-
-    def logits(self, params: Params, tokens: jax.Array, mask: jax.Array | None = None) -> jax.Array:
-        """Logits [B, T, V] float32 of whole sequences; `mask` [B, T] is 0 at padding."""
-        mask = jnp.ones(tokens.shape, bool) if mask is None else mask.astype(bool)
-        hidden, _ = self.hidden(params, tokens, positions_of(mask), mask)
-        return self.unembed(params, hidden)
-
-    def empty_cache(self, batch: int, length: int) -> KVCache:
-        """A cache of zeros for `batch` rows of up to `length` tokens, in `dtype`."""
-        return empty_cache(self.config, batch, length, jnp.dtype(self.dtype))
-
-
-def positions_of(mask: jax.Array) -> jax.Array:
-    """[B, T] int32: the position of each real token in its row; 0 at left padding."""
-    return jnp.maximum(jnp.cumsum(mask, axis=1, dtype=jnp.int32) - 1, 0)
-
-
-def build(config: Qwen3Config, dtype: str = "bfloat16", remat: bool = False) -> Model:
-    """The model of `config`. Its parameters come from `Model.init` or a checkpoint."""
-    return Model(config, dtype, remat)
+__all__ = [
+    "KVCache",
+    "LladaConfig",
+    "Model",
+    "ModelConfig",
+    "Params",
+    "Qwen3Config",
+    "build",
+    "positions_of",
+]

@@ -6,7 +6,8 @@ K key/value heads, h head size.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,16 +22,22 @@ def param(rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str, ...], init) -
 
 
 def kernel(
-    rngs: nnx.Rngs, layers: int, shape: tuple[int, int], axes: tuple[str, str], stddev: float
+    rngs: nnx.Rngs,
+    stack: tuple[int, ...],
+    shape: tuple[int, int],
+    axes: tuple[str, str],
+    stddev: float = 0.02,
 ) -> nnx.Param:
-    """Kernels [layers, in, out] of one linear, stacked over the layers that are scanned."""
+    """Kernels [*stack, in, out] of one linear, stacked over the layers that are scanned."""
     init = jax.nn.initializers.normal(stddev)
-    return param(rngs, (layers, *shape), ("layers", *axes), init)
+    return param(rngs, (*stack, *shape), ("layers",) * len(stack) + axes, init)
 
 
-def scale(rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str, ...]) -> nnx.Param:
-    """A norm's weight, ones."""
-    return param(rngs, shape, axes, jax.nn.initializers.ones)
+def scale(
+    rngs: nnx.Rngs, stack: tuple[int, ...], size: int, init=jax.nn.initializers.ones
+) -> nnx.Param:
+    """A norm's weights [*stack, size]: ones, or zeros where the norm multiplies by 1 + weight."""
+    return param(rngs, (*stack, size), ("layers",) * len(stack) + ("norm",), init)
 
 
 def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
@@ -61,7 +68,7 @@ class KVCache(NamedTuple):
     values: jax.Array
 
 
-def write_cache(cache: KVCache, k: jax.Array, v: jax.Array, index: jax.Array) -> KVCache:
+def write_cache(cache: KVCache, k: jax.Array, v: jax.Array, index: jax.Array | int) -> KVCache:
     """Puts one layer's new keys and values [B, T, K, h] at key position `index`."""
     update = jax.lax.dynamic_update_slice_in_dim
     return KVCache(
@@ -78,6 +85,88 @@ def causal_mask(key_mask: jax.Array, queries: int, index: jax.Array | int) -> ja
     return (causal[None] & key_mask[:, None, :])[:, None]
 
 
+def padding_mask(key_mask: jax.Array) -> jax.Array:
+    """[B, 1, 1, S] bool: every query may see every real key [B, S]."""
+    return key_mask[:, None, None, :]
+
+
+def attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    mask: jax.Array,
+    cache: KVCache | None,
+    index: jax.Array | int,
+) -> tuple[jax.Array, KVCache | None]:
+    """Attention over the new keys, or over a layer's cache with the new ones put at `index`.
+
+    Args:
+      q: [B, T, H, h].
+      k: [B, T, K, h]; K divides H, each key head serves H / K consecutive query heads.
+      v: [B, T, K, h].
+      mask: [B, 1, T or 1, S] bool; S is T, or the cache's length.
+      cache: [B, S, K, h] each, or None.
+      index: where the new keys begin in the cache.
+
+    Returns:
+      ([B, T, H * h], the new cache or None).
+    """
+    if cache is not None:
+        cache = write_cache(cache, k, v, index)
+        k, v = cache.keys.astype(q.dtype), cache.values.astype(q.dtype)
+    out = jax.nn.dot_product_attention(q, k, v, mask=mask, scale=q.shape[-1] ** -0.5)
+    return out.reshape(*out.shape[:2], -1), cache
+
+
 def swiglu(x: jax.Array, gate: jax.Array, up: jax.Array, down: jax.Array) -> jax.Array:
     """(silu(x gate) * (x up)) down."""
     return linear(jax.nn.silu(linear(x, gate)) * linear(x, up), down)
+
+
+class LanguageModel(nnx.Module):
+    """Embedding, final norm and output layer; an architecture adds `layers` and `hidden`."""
+
+    def __init__(self, config, *, rngs: nnx.Rngs, norm_init=jax.nn.initializers.ones):
+        self.config = config
+        init = jax.nn.initializers.normal(0.02)
+        shape, axes = (config.vocab_size, config.hidden_size), ("vocab", "embed")
+        self.embed_tokens = param(rngs, shape, axes, init)
+        self.norm = scale(rngs, (), config.hidden_size, norm_init)
+        if not config.tie_word_embeddings:
+            self.lm_head = param(rngs, shape[::-1], axes[::-1], init)
+
+    def embed(self, tokens: jax.Array, dtype) -> jax.Array:
+        """[B, T, D] in `dtype`, of tokens [B, T]."""
+        return self.embed_tokens.get_value()[tokens].astype(dtype)
+
+    def unembed(self, hidden: jax.Array) -> jax.Array:
+        """Logits [..., V] float32 of hidden states [..., D]."""
+        if self.config.tie_word_embeddings:
+            weights = self.embed_tokens.get_value().T
+        else:
+            weights = self.lm_head.get_value()
+        return jnp.matmul(hidden, weights.astype(hidden.dtype), preferred_element_type=jnp.float32)
+
+
+def scan_blocks(
+    blocks: nnx.Module, call: Callable, x: jax.Array, cache: Any, remat: bool
+) -> tuple[jax.Array, Any]:
+    """Applies stacked blocks one after the other.
+
+    Args:
+      blocks: parameters and caches have the scanned axis first.
+      call: (one block, x, its cache) -> (x, its new cache).
+      x: [B, T, D].
+      cache: of all blocks, or None.
+      remat: recompute each block in the backward pass.
+
+    Returns:
+      (x, the new cache of all blocks).
+    """
+    graphdef, stacked = nnx.split(blocks)
+
+    def block(x, inputs):
+        params, layer_cache = inputs
+        return call(nnx.merge(graphdef, params), x, layer_cache)
+
+    return jax.lax.scan(jax.checkpoint(block) if remat else block, x, (stacked, cache))

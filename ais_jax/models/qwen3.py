@@ -6,15 +6,29 @@ Llama-type models are the same block without the query and key norms (`qk_norm=F
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from ais_jax.models import layers
+from ais_jax.models import hf_config, layers
 from ais_jax.models.layers import KVCache
+from ais_jax.models.naming import Tensor, block_tensors
 from ais_jax.quantize import linear
 from ais_jax.settings import at_least, setting
+
+MODEL_TYPES = ("qwen3", "llama")
+# Modules of a block: their names in a published checkpoint, and here.
+MODULES = {
+    "input_layernorm": "input_layernorm",
+    **{f"self_attn.{p}_proj": f"{p}_proj" for p in "qkvo"},
+    "self_attn.q_norm": "q_norm",
+    "self_attn.k_norm": "k_norm",
+    "post_attention_layernorm": "post_attention_layernorm",
+    **{f"mlp.{p}_proj": f"{p}_proj" for p in ("gate", "up", "down")},
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +46,7 @@ class Qwen3Config:
     rms_norm_eps: float = setting(1e-6, "epsilon of the norms")
     tie_word_embeddings: bool = setting(True, "use the embedding as the output layer too")
     qk_norm: bool = setting(True, "norm queries and keys per head; false for Llama-type models")
+    max_position_embeddings: int = setting(40960, "longest sequence it is meant for; not enforced")
 
     def __post_init__(self):
         if self.num_key_value_heads < 1 or self.num_attention_heads % self.num_key_value_heads:
@@ -42,7 +57,7 @@ class Qwen3Config:
         if self.head_dim % 2:
             raise ValueError(f"head_dim={self.head_dim} must be even")
         at_least(self, 1, "hidden_size", "intermediate_size", "num_hidden_layers", "head_dim")
-        at_least(self, 1, "num_attention_heads")
+        at_least(self, 1, "num_attention_heads", "max_position_embeddings")
         at_least(self, 0, "vocab_size")
 
 
@@ -51,26 +66,25 @@ class Blocks(nnx.Module):
 
     def __init__(self, config: Qwen3Config, *, rngs: nnx.Rngs):
         self.config = c = config
-        n, d, h = c.num_hidden_layers, c.hidden_size, c.head_dim
-        q, kv = c.num_attention_heads * h, c.num_key_value_heads * h
-        std = 0.02
-        self.input_layernorm = layers.scale(rngs, (n, d), ("layers", "norm"))
-        self.q_proj = layers.kernel(rngs, n, (d, q), ("embed", "heads"), std)
-        self.k_proj = layers.kernel(rngs, n, (d, kv), ("embed", "kv_heads"), std)
-        self.v_proj = layers.kernel(rngs, n, (d, kv), ("embed", "kv_heads"), std)
+        n, d, h = (c.num_hidden_layers,), c.hidden_size, c.head_dim
+        q, kv, f = c.num_attention_heads * h, c.num_key_value_heads * h, c.intermediate_size
         # Outputs that are added to the residual stream start smaller by the root of their number.
-        self.o_proj = layers.kernel(rngs, n, (q, d), ("heads", "embed"), std / (2 * n) ** 0.5)
+        small = 0.02 / (2 * c.num_hidden_layers) ** 0.5
+        self.input_layernorm = layers.scale(rngs, n, d)
+        self.q_proj = layers.kernel(rngs, n, (d, q), ("embed", "heads"))
+        self.k_proj = layers.kernel(rngs, n, (d, kv), ("embed", "kv_heads"))
+        self.v_proj = layers.kernel(rngs, n, (d, kv), ("embed", "kv_heads"))
+        self.o_proj = layers.kernel(rngs, n, (q, d), ("heads", "embed"), small)
         if c.qk_norm:
-            self.q_norm = layers.scale(rngs, (n, h), ("layers", "norm"))
-            self.k_norm = layers.scale(rngs, (n, h), ("layers", "norm"))
-        self.post_attention_layernorm = layers.scale(rngs, (n, d), ("layers", "norm"))
-        f = c.intermediate_size
-        self.gate_proj = layers.kernel(rngs, n, (d, f), ("embed", "mlp"), std)
-        self.up_proj = layers.kernel(rngs, n, (d, f), ("embed", "mlp"), std)
-        self.down_proj = layers.kernel(rngs, n, (f, d), ("mlp", "embed"), std / (2 * n) ** 0.5)
+            self.q_norm = layers.scale(rngs, n, h)
+            self.k_norm = layers.scale(rngs, n, h)
+        self.post_attention_layernorm = layers.scale(rngs, n, d)
+        self.gate_proj = layers.kernel(rngs, n, (d, f), ("embed", "mlp"))
+        self.up_proj = layers.kernel(rngs, n, (d, f), ("embed", "mlp"))
+        self.down_proj = layers.kernel(rngs, n, (f, d), ("mlp", "embed"), small)
 
     def __call__(self, x, angles, mask, cache: KVCache | None, index):
-        """One block. x [B, T, D], mask [B, 1, T, S]; returns (x, the layer's new cache)."""
+        """One block. x [B, T, D], mask [B, 1, T or 1, S]; returns (x, the layer's new cache)."""
         eps = self.config.rms_norm_eps
         with jax.named_scope("attention"):
             normed = layers.rms_norm(x, self.input_layernorm.get_value(), eps)
@@ -94,51 +108,33 @@ class Blocks(nnx.Module):
             q = layers.rms_norm(q, self.q_norm.get_value(), c.rms_norm_eps)
             k = layers.rms_norm(k, self.k_norm.get_value(), c.rms_norm_eps)
         q, k = layers.apply_rotary(q, angles), layers.apply_rotary(k, angles)
-        if cache is not None:
-            cache = layers.write_cache(cache, k, v, index)
-            k, v = cache.keys.astype(x.dtype), cache.values.astype(x.dtype)
-        out = jax.nn.dot_product_attention(q, k, v, mask=mask, scale=c.head_dim**-0.5)
-        return linear(out.reshape(*x.shape[:2], -1), self.o_proj.get_value()), cache
+        out, cache = layers.attention(q, k, v, mask, cache, index)
+        return linear(out, self.o_proj.get_value()), cache
 
 
-class Qwen3(nnx.Module):
+class Network(layers.LanguageModel):
     """Embedding, scanned blocks, final norm and output layer."""
 
     def __init__(self, config: Qwen3Config, *, rngs: nnx.Rngs):
-        self.config = c = config
-        init = jax.nn.initializers.normal(0.02)
-        shape, axes = (c.vocab_size, c.hidden_size), ("vocab", "embed")
-        self.embed_tokens = layers.param(rngs, shape, axes, init)
-        self.layers = Blocks(c, rngs=rngs)
-        self.norm = layers.scale(rngs, (c.hidden_size,), ("norm",))
-        if not c.tie_word_embeddings:
-            self.lm_head = layers.param(rngs, shape[::-1], axes[::-1], init)
+        super().__init__(config, rngs=rngs)
+        self.layers = Blocks(config, rngs=rngs)
+
+    def attention_mask(self, key_mask, queries: int, index):
+        """Which of the keys [B, S] each query may see: those up to its own place."""
+        return layers.causal_mask(key_mask, queries, index)
 
     def hidden(self, tokens, positions, key_mask, cache: KVCache | None, index, dtype, remat: bool):
-        """Final hidden states [B, T, D] of tokens [B, T], and the cache.
-
-        `key_mask` [B, S] marks the real keys, `index` is the key position of the first token.
-        """
-        x = self.embed_tokens.get_value()[tokens].astype(dtype)
+        """Final hidden states [B, T, D] of tokens [B, T], and the cache; see `Model.hidden`."""
         angles = layers.rotary_angles(positions, self.config.head_dim, self.config.rope_theta)
-        mask = layers.causal_mask(key_mask, tokens.shape[1], index)
-        graphdef, stacked = nnx.split(self.layers)
-
-        def block(x, inputs):
-            params, layer_cache = inputs
-            return nnx.merge(graphdef, params)(x, angles, mask, layer_cache, index)
-
-        body = jax.checkpoint(block) if remat else block
-        x, cache = jax.lax.scan(body, x, (stacked, cache))
+        mask = self.attention_mask(key_mask, tokens.shape[1], index)
+        x, cache = layers.scan_blocks(
+            self.layers,
+            lambda block, x, layer_cache: block(x, angles, mask, layer_cache, index),
+            self.embed(tokens, dtype),
+            cache,
+            remat,
+        )
         return layers.rms_norm(x, self.norm.get_value(), self.config.rms_norm_eps), cache
-
-    def unembed(self, hidden) -> jax.Array:
-        """Logits [..., V] float32 of hidden states [..., D]."""
-        if self.config.tie_word_embeddings:
-            kernel = self.embed_tokens.get_value().T
-        else:
-            kernel = self.lm_head.get_value()
-        return jnp.matmul(hidden, kernel.astype(hidden.dtype), preferred_element_type=jnp.float32)
 
 
 def empty_cache(config: Qwen3Config, batch: int, length: int, dtype) -> KVCache:
@@ -146,3 +142,49 @@ def empty_cache(config: Qwen3Config, batch: int, length: int, dtype) -> KVCache:
     c = config
     shape = (c.num_hidden_layers, batch, length, c.num_key_value_heads, c.head_dim)
     return KVCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+
+
+def from_hf(raw: Mapping[str, Any]) -> Qwen3Config:
+    """The config of a published config.json.
+
+    Raises:
+      UserError: it lacks a size, or asks for what is not computed here.
+    """
+    llama = raw.get("model_type") == "llama"
+    hf_config.refuse(raw, "attention_bias", "mlp_bias", "use_sliding_window")
+    heads = hf_config.need(raw, "num_attention_heads")
+    own_head_dim = hf_config.need(raw, "hidden_size") // heads if llama else 128
+    return hf_config.build(
+        Qwen3Config,
+        raw,
+        ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"),
+        num_key_value_heads=raw.get("num_key_value_heads") or heads,
+        head_dim=raw.get("head_dim") or own_head_dim,
+        rope_theta=hf_config.rope_theta(raw),
+        tie_word_embeddings=raw.get("tie_word_embeddings", False),
+        qk_norm=not llama,
+    )
+
+
+def to_hf(config: Qwen3Config) -> dict[str, Any]:
+    """A config.json that transformers reads."""
+    kind, name = ("qwen3", "Qwen3") if config.qk_norm else ("llama", "Llama")
+    sizes = {k: v for k, v in dataclasses.asdict(config).items() if k != "qk_norm"}
+    return {
+        "architectures": [f"{name}ForCausalLM"],
+        "model_type": kind,
+        **sizes,
+        "hidden_act": "silu",
+        "attention_bias": False,
+    }
+
+
+def tensors(config: Qwen3Config) -> Iterator[Tensor]:
+    """Every tensor of a checkpoint."""
+    yield Tensor("model.embed_tokens.weight", ("embed_tokens",), (), "same")
+    yield Tensor("model.norm.weight", ("norm",), (), "same")
+    if not config.tie_word_embeddings:
+        yield Tensor("lm_head.weight", ("lm_head",), (), "transposed")
+    names = {k: v for k, v in MODULES.items() if config.qk_norm or v not in ("q_norm", "k_norm")}
+    for i in range(config.num_hidden_layers):
+        yield from block_tensors(f"model.layers.{i}.", ("layers",), (i,), names)

@@ -6,12 +6,12 @@ Letters in shapes: B rows, P prompt length (left-padded), T completion length, V
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from ais_jax.models import KVCache, Model, Params, positions_of
+from ais_jax.models import Model, Params, positions_of
 from ais_jax.sampling import logps as lp
 from ais_jax.sampling.types import Rollout, SamplingConfig
 
@@ -25,7 +25,7 @@ class _Loop(NamedTuple):
     logps: jax.Array  # [B, T]
     mask: jax.Array  # [B, T]
     done: jax.Array  # [B] has sampled an end token
-    cache: KVCache | None
+    cache: Any
 
 
 def rollout(

@@ -1,0 +1,118 @@
+"""A model's structure, whatever its architecture, as pure functions of its parameters."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from types import ModuleType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from flax.traverse_util import unflatten_dict
+
+from ais_jax.models import llada, qwen3
+
+Params = dict[str, Any]
+ModelConfig = qwen3.Qwen3Config | llada.LladaConfig
+
+# One module an architecture: Network, empty_cache, MODEL_TYPES, MODULES, from_hf, to_hf, tensors.
+_FAMILIES: dict[type, ModuleType] = {
+    qwen3.Qwen3Config: qwen3,
+    llada.LladaConfig: llada,
+}
+FAMILIES = tuple(_FAMILIES.values())
+
+
+def family(config: ModelConfig) -> ModuleType:
+    """The module of the architecture that a config is of."""
+    return _FAMILIES[type(config)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """A model's structure. Hashable, so a static argument; parameters are passed to each call.
+
+    Attributes:
+      config: sizes.
+      dtype: dtype of activations, "bfloat16" or "float32"; parameters are cast where used.
+      remat: recompute each block in the backward pass instead of storing its activations.
+    """
+
+    config: ModelConfig
+    dtype: str = "bfloat16"
+    remat: bool = False
+
+    @functools.cached_property
+    def _abstract(self):
+        network = family(self.config).Network
+        return nnx.split(nnx.eval_shape(lambda: network(self.config, rngs=nnx.Rngs(0))))
+
+    def _module(self, params: Params) -> Any:
+        return nnx.merge(self._abstract[0], params)
+
+    def abstract_params(self) -> Params:
+        """Shapes and dtypes of the parameters; nothing is allocated."""
+        return nnx.to_pure_dict(self._abstract[1])
+
+    def param_axes(self) -> Params:
+        """Logical axis names of each parameter, a tuple a leaf."""
+        flat = nnx.to_flat_state(self._abstract[1])
+        return unflatten_dict({path: v.get_metadata()["axes"] for path, v in flat})
+
+    def init(self, key: jax.Array) -> Params:
+        """Random float32 parameters. Jit it with `out_shardings` to create them in place."""
+        network = family(self.config).Network
+        return nnx.to_pure_dict(nnx.state(network(self.config, rngs=nnx.Rngs(params=key))))
+
+    def hidden(
+        self,
+        params: Params,
+        tokens: jax.Array,
+        positions: jax.Array,
+        key_mask: jax.Array,
+        cache: Any = None,
+        index: jax.Array | int = 0,
+    ) -> tuple[jax.Array, Any]:
+        """Final hidden states [B, T, D] in `dtype`, and the updated cache.
+
+        Args:
+          params: parameters, quantized or not.
+          tokens: [B, T] int32.
+          positions: [B, T] int32, position of each token in its own row.
+          key_mask: [B, S] bool, real tokens among the keys; S is the cache's length, T without one.
+          cache: what the architecture keeps of the tokens before (see `empty_cache`), or None.
+          index: key position of the first of the T tokens.
+        """
+        module = self._module(params)
+        return module.hidden(
+            tokens, positions, key_mask, cache, index, jnp.dtype(self.dtype), self.remat
+        )
+
+    def unembed(self, params: Params, hidden: jax.Array) -> jax.Array:
+        """Logits [..., V] float32 of hidden states [..., D]."""
+        return self._module(params).unembed(hidden)
+
+    def logits(
+        self, params: Params, token_ids: jax.Array, mask: jax.Array | None = None
+    ) -> jax.Array:
+        """Logits [B, T, V] float32 of whole sequences [B, T]; `mask` [B, T] is 0 at padding."""
+        token_ids = jnp.asarray(token_ids)
+        mask = jnp.ones(token_ids.shape, bool) if mask is None else jnp.asarray(mask, bool)
+        hidden, _ = self.hidden(params, token_ids, positions_of(mask), mask)
+        return self.unembed(params, hidden)
+
+    def empty_cache(self, batch: int, length: int) -> Any:
+        """A cache for `batch` rows of up to `length` tokens; keys and values are in `dtype`."""
+        return family(self.config).empty_cache(self.config, batch, length, jnp.dtype(self.dtype))
+
+
+def positions_of(mask: jax.Array) -> jax.Array:
+    """[B, T] int32: the position of each real token in its row; 0 at left padding."""
+    return jnp.maximum(jnp.cumsum(mask, axis=1, dtype=jnp.int32) - 1, 0)
+
+
+def build(config: ModelConfig, dtype: str = "bfloat16", remat: bool = False) -> Model:
+    """The model of `config`. Its parameters come from `Model.init` or a checkpoint."""
+    return Model(config, dtype, remat)
