@@ -12,11 +12,43 @@ from collections.abc import Sequence
 
 from ais_jax import settings
 from ais_jax.ais_config import AISConfig
+from ais_jax.lora import LoraConfig
 from ais_jax.mesh import MeshConfig
-from ais_jax.models.qwen3 import Qwen3Config
+from ais_jax.models import LladaConfig, ModelConfig, Qwen3Config
+from ais_jax.models.published import PUBLISHED
 from ais_jax.quantize import RECIPES
 from ais_jax.settings import at_least, setting
-from ais_jax.tasks import TASKS, countdown, sudoku
+from ais_jax.tasks import TASKS, arithmetic, countdown, sudoku
+
+
+@dataclasses.dataclass(frozen=True)
+class PolicyConfig:
+    """The policy: a published checkpoint, or random parameters of given sizes."""
+
+    checkpoint: str | None = setting(
+        None, "folder in Hugging Face format, or a GGUF file; its sizes and tokenizer are taken"
+    )
+    published: str | None = setting(
+        None, "sizes of a published model, with random parameters", choices=tuple(PUBLISHED)
+    )
+    family: str = setting(
+        "qwen3", "the section whose sizes are taken otherwise", choices=("qwen3", "llada")
+    )
+    qwen3: Qwen3Config = setting(doc="sizes of a Qwen3 model", default_factory=Qwen3Config)
+    llada: LladaConfig = setting(doc="sizes of a LLaDA model", default_factory=LladaConfig)
+    lora: LoraConfig | None = setting(None, "train adapters instead of the whole model")
+
+    def __post_init__(self):
+        if self.checkpoint is not None and self.published is not None:
+            raise ValueError(
+                f"checkpoint={self.checkpoint!r} and published={self.published!r} exclude each "
+                "other; leave one out"
+            )
+
+    @property
+    def sizes(self) -> ModelConfig:
+        """Sizes of a policy that has no checkpoint."""
+        return PUBLISHED[self.published] if self.published else getattr(self, self.family)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +61,15 @@ class TaskConfig:
         1024, "generated problems for evaluation, none of them trained on"
     )
     seed: int = setting(0, "seed of the generator")
+    style: str | None = setting(
+        None,
+        "how problems are put: compact, or instruct as a user's turn in the chat template; null is "
+        "instruct with a checkpoint that has a template",
+        choices=("compact", "instruct"),
+    )
+    enable_thinking: bool | None = setting(
+        None, "argument of the chat template; null leaves it to the template"
+    )
     eval_file: str | None = setting(
         None, "file of further problems to evaluate on at the end; skipped where it does not exist"
     )
@@ -37,6 +78,9 @@ class TaskConfig:
     )
     sudoku: sudoku.Options = setting(
         doc="options of the Sudoku generator", default_factory=sudoku.Options
+    )
+    arithmetic: arithmetic.Options = setting(
+        doc="options of the arithmetic generator", default_factory=arithmetic.Options
     )
 
     def __post_init__(self):
@@ -50,7 +94,7 @@ class TaskConfig:
 
 @dataclasses.dataclass(frozen=True)
 class WarmupConfig:
-    """Supervised training on demonstrations before GRPO, from random parameters."""
+    """Supervised training on demonstrations before GRPO."""
 
     steps: int = setting(0, "optimizer steps; 0 skips the warm-up")
     batch_size: int = setting(128, "demonstrations a step")
@@ -224,7 +268,7 @@ def _section(cls, doc: str):
 class Config:
     """A whole run."""
 
-    model: Qwen3Config = _section(Qwen3Config, "sizes of the policy")
+    model: PolicyConfig = _section(PolicyConfig, "the policy")
     task: TaskConfig = _section(TaskConfig, "the problems")
     warmup: WarmupConfig = _section(WarmupConfig, "supervised start")
     rollout: RolloutConfig = _section(RolloutConfig, "sampling")

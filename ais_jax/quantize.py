@@ -1,9 +1,9 @@
-"""The quantized copy of a policy, and the matrix product that reads it.
+"""The quantized copy of a policy.
 
 A linear layer's kernel [..., in, out] becomes a `QuantArray`: numbers of a low-precision format
-with one float32 scale per output channel. `linear` then quantizes its input with one scale per
-token, multiplies the codes and applies both scales to the float32 (or int32) result. Parameters
-are nested dicts; leading axes of a kernel are stacked layers. See docs/quantization.md.
+with one float32 scale per output channel. `linear.linear` then quantizes its input with one scale
+per token, multiplies the codes and applies both scales to the float32 (or int32) result.
+Parameters are nested dicts; leading axes of a kernel are stacked layers. See docs/quantization.md.
 
 Every code is rounded to its format's grid by float32 arithmetic before it is cast. The cast alone
 would not do: compilers may drop a narrowing cast that is widened again, or round twice.
@@ -27,6 +27,9 @@ from ais_jax.errors import UserError
 FORMATS = ("float8_e4m3fn", "float8_e5m2", "float4_e2m1fn", "int8", "int4")
 LINEAR_NAMES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
+# Parts of the names of what is small and used in float32 somewhere. Trainer and sampler must not
+# round these differently.
+SMALL_NAMES = ("norm", "conv1d", "A_log", "dt_bias")
 # Below this scale, weights that are subnormal in float32 would matter, and some chips flush those.
 _SCALE_FLOOR = np.float32(2.0**-100)
 # No compiler multiplies four-bit numbers everywhere; these hold the same numbers.
@@ -64,6 +67,7 @@ RECIPES: dict[str, Recipe] = {
     "fp8_weight_only": Recipe("float8_e4m3fn"),
     "fp8_e5m2": Recipe("float8_e5m2", "float8_e5m2"),
     "int8": Recipe("int8", "int8"),
+    "int8_weight_only": Recipe("int8"),
     "int4": Recipe("int4", "int4"),
     "fp4": Recipe("float4_e2m1fn", "float4_e2m1fn"),
 }
@@ -106,6 +110,8 @@ def quantize(
     targets: Iterable[str] = LINEAR_NAMES,
 ) -> Any:
     """The copy of `params` that samples: targeted kernels quantized, other floats cast.
+
+    Norms and the small parameters of linear attention stay as they are.
 
         scale = max(amax / fmax, 2^-100),  values = round(clip(weight * (1 / scale), -fmax, fmax))
 
@@ -150,7 +156,7 @@ def _quantize(params, recipe: Recipe, dtype: np.dtype, targets: tuple[str, ...])
             raise TypeError(
                 f"{'.'.join(names)} is quantized already; quantize the trainer's parameters"
             )
-        if not jnp.issubdtype(leaf.dtype, jnp.floating):
+        if not jnp.issubdtype(leaf.dtype, jnp.floating) or any(x in names[-1] for x in SMALL_NAMES):
             return leaf
         kernel = leaf.ndim >= 2 and not set(targets).isdisjoint(names) and "bias" not in names
         if not kernel or recipe.weights is None:
@@ -158,8 +164,8 @@ def _quantize(params, recipe: Recipe, dtype: np.dtype, targets: tuple[str, ...])
         # An operation, not a cast and back, which a compiler may drop as excess precision.
         info = jnp.finfo(dtype)
         weight = jax.lax.reduce_precision(leaf.astype(jnp.float32), info.nexp, info.nmant)
-        codes, scale = _codes(weight, recipe.weights, axis=-2)
-        return QuantArray(codes.astype(recipe.weights), scale, recipe.activations)
+        values, scale = codes(weight, recipe.weights, axis=-2)
+        return QuantArray(values.astype(recipe.weights), scale, recipe.activations)
 
     copy = jax.tree_util.tree_map_with_path(one, params, is_leaf=_is_quantized)
     if recipe.weights is not None and not any(
@@ -171,7 +177,7 @@ def _quantize(params, recipe: Recipe, dtype: np.dtype, targets: tuple[str, ...])
     return copy
 
 
-def _codes(x: jax.Array, dtype: str, axis: int) -> tuple[jax.Array, jax.Array]:
+def codes(x: jax.Array, dtype: str, axis: int) -> tuple[jax.Array, jax.Array]:
     """(codes, scale), float32, one scale along `axis`; the codes are numbers of format `dtype`."""
     largest = _largest(dtype)
     amax = jnp.max(jnp.abs(x), axis=axis, keepdims=True)
@@ -219,76 +225,15 @@ def prepare(params: Any, platform: str | None = None) -> Any:
         if not _is_quantized(x):
             return x
         on_cpu = platform == "cpu" and jnp.issubdtype(x.values.dtype, jnp.floating)
-        dtype = jnp.bfloat16 if on_cpu else _multipliable(x.values.dtype)
+        dtype = jnp.bfloat16 if on_cpu else multipliable(x.values.dtype)
         return dataclasses.replace(x, values=x.values.astype(dtype))
 
     return jax.tree.map(one, params, is_leaf=_is_quantized)
 
 
-def _multipliable(dtype) -> np.dtype:
+def multipliable(dtype) -> np.dtype:
+    """The dtype in which numbers of format `dtype` are multiplied."""
     return jnp.dtype(_MULTIPLIABLE.get(dtype.name, dtype))
-
-
-def linear(x: jax.Array, w: jax.Array | QuantArray) -> jax.Array:
-    """x @ w with float32 (integers: int32) accumulation.
-
-    A plain `w` is cast to x's dtype; its gradient is summed in float32 and not rounded to x's
-    dtype. A `QuantArray` is for sampling and is not meant to be differentiated: with `activation`
-    set, x is quantized per token (over its last axis) as the weights are per channel, and
-    result = (codes @ values) * token scale * channel scale; without, result = (x @ values) * scale.
-
-    Args:
-      x: [..., in] float32 or bfloat16.
-      w: [in, out].
-
-    Returns:
-      [..., out] in x's dtype.
-
-    Raises:
-      ValueError: the shapes do not fit.
-    """
-    if w.ndim != 2 or x.ndim < 1 or x.shape[-1] != w.shape[0]:
-        raise ValueError(f"linear: x {x.shape} and w {w.shape} must be [..., in] and [in, out]")
-    if not isinstance(w, QuantArray):
-        return _plain_linear(x, w)
-    if w.activation is None:
-        out = _dot(x, w.values.astype(x.dtype)) * w.scale[0]
-    else:
-        codes, scale = _codes(x.astype(jnp.float32), w.activation, axis=-1)
-        values = w.values.astype(_multipliable(w.values.dtype))
-        out = _dot(codes.astype(values.dtype), values).astype(jnp.float32) * scale * w.scale[0]
-    return out.astype(x.dtype)
-
-
-def _dot(x: jax.Array, w: jax.Array) -> jax.Array:
-    integer = jnp.issubdtype(x.dtype, jnp.integer)
-    contract = (((x.ndim - 1,), (0,)), ((), ()))
-    return jax.lax.dot_general(
-        x, w, contract, preferred_element_type=jnp.int32 if integer else jnp.float32
-    )
-
-
-@jax.custom_vjp
-def _plain_linear(x: jax.Array, w: jax.Array) -> jax.Array:
-    return _dot(x, w.astype(x.dtype)).astype(x.dtype)
-
-
-def _plain_linear_forward(x, w):
-    return _plain_linear(x, w), (x, w)
-
-
-def _plain_linear_backward(residuals, g):
-    # The derivative that jax would take multiplies float32 cotangents with bfloat16 operands,
-    # which every chip widens: the backward pass would lose the speed of bfloat16.
-    x, w = residuals
-    dot = functools.partial(jax.lax.dot_general, preferred_element_type=jnp.float32)
-    rows = tuple(range(x.ndim - 1))
-    dx = dot(g, w.astype(x.dtype), (((g.ndim - 1,), (1,)), ((), ())))
-    dw = dot(x, g, ((rows, rows), ((), ())))
-    return dx.astype(x.dtype), dw.astype(w.dtype)
-
-
-_plain_linear.defvjp(_plain_linear_forward, _plain_linear_backward)
 
 
 def bytes_of(params: Any) -> int:

@@ -28,7 +28,7 @@ def prepare(path: str):
     config = config_lib.load(path, ["warmup.steps=0"])
     run = setup.build_run(config, pathlib.Path(tempfile.mkdtemp()))
     examples = setup.build_examples(config)
-    state = run.programs.init_state(run.programs.init_params(jax.random.key(0)))
+    state = run.programs.init_state(run.programs.init_trainable(jax.random.key(0)))
     iterator = data.batches(examples.train, config.grpo.prompts, seed=0)
     seconds = []
     for i in range(4):  # the first compiles
@@ -60,7 +60,7 @@ def measure(path: str, repeats: int) -> dict[str, float]:
             calibration, measured = run.programs.measure(state.calibration, batch)
             state = state._replace(calibration=calibration)
             coefficient = measured.coefficient
-        state, metrics = run.programs.update(state, batch, jax.numpy.float32(coefficient))
+        state, metrics = run.programs.update(state, run.frozen, batch, jax.numpy.float32(coefficient))
         jax.block_until_ready((state, metrics))
         return state, time.perf_counter() - began
 

@@ -40,7 +40,7 @@ def test_help_lists_every_key_with_its_meaning():
         (["no.yaml"], ["no.yaml"]),
         ([CONFIG, "grpo.groupsize=4"], ["grpo.groupsize", "group_size"]),
         ([CONFIG, "mesh.data=3"], ["mesh.data=3", "1 devices"]),
-        ([CONFIG, "model.vocab_size=5"], ["model.vocab_size=5"]),
+        ([CONFIG, "model.qwen3.vocab_size=5"], ["vocab_size=5"]),
         ([CONFIG, "task.heldout_examples=10000000"], ["10000000", "exist"]),
         ([CONFIG, "rollout.max_prompt_tokens=4"], ["max_prompt_tokens=4"]),
         ([CONFIG, "rollout.max_new_tokens=2"], ["max_new_tokens=2"]),

@@ -6,7 +6,8 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from ais_jax.quantize import RECIPES, changed_fraction, linear, prepare, quantize
+from ais_jax.linear import linear
+from ais_jax.quantize import RECIPES, changed_fraction, prepare, quantize
 
 # Axes of the kernel [layers, in, out] over the mesh, and what the scale [layers, 1, out] keeps.
 SPECS = {

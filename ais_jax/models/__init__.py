@@ -10,6 +10,13 @@ from __future__ import annotations
 from ais_jax.models.layers import KVCache
 from ais_jax.models.llada import LladaConfig
 from ais_jax.models.model import Model, ModelConfig, Params, build, positions_of
+from ais_jax.models.pretrained import (
+    PretrainedModel,
+    from_pretrained,
+    load_params,
+    save_pretrained,
+    shardings_of,
+)
 from ais_jax.models.qwen3 import Qwen3Config
 
 __all__ = [
@@ -18,7 +25,12 @@ __all__ = [
     "Model",
     "ModelConfig",
     "Params",
+    "PretrainedModel",
     "Qwen3Config",
     "build",
+    "from_pretrained",
+    "load_params",
     "positions_of",
+    "save_pretrained",
+    "shardings_of",
 ]

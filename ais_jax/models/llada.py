@@ -19,6 +19,7 @@ from ais_jax.models.qwen3 import Qwen3Config
 from ais_jax.settings import setting
 
 MODEL_TYPES = ("llada",)
+PREFIXES = ("model.transformer.",)
 # Modules of a block: their names in a published checkpoint, and here.
 MODULES = {
     "attn_norm": "input_layernorm",
@@ -149,11 +150,11 @@ def to_hf(config: LladaConfig) -> dict[str, Any]:
     }
 
 
-def tensors(config: LladaConfig) -> Iterator[Tensor]:
-    """Every tensor of a checkpoint."""
-    yield Tensor("model.transformer.wte.weight", ("embed_tokens",), (), "same")
-    yield Tensor("model.transformer.ln_f.weight", ("norm",), (), "same")
+def tensors(config: LladaConfig, prefix: str) -> Iterator[Tensor]:
+    """Every tensor of a checkpoint; `prefix` is one of `PREFIXES`."""
+    yield Tensor(f"{prefix}wte.weight", ("embed_tokens",), (), "same")
+    yield Tensor(f"{prefix}ln_f.weight", ("norm",), (), "same")
     if not config.weight_tying:
-        yield Tensor("model.transformer.ff_out.weight", ("lm_head",), (), "transposed")
+        yield Tensor(f"{prefix}ff_out.weight", ("lm_head",), (), "transposed")
     for i in range(config.n_layers):
-        yield from block_tensors(f"model.transformer.blocks.{i}.", ("layers",), (i,), MODULES)
+        yield from block_tensors(f"{prefix}blocks.{i}.", ("layers",), (i,), MODULES)

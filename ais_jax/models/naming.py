@@ -28,6 +28,11 @@ class Tensor:
     index: tuple[int, ...]
     layout: str
 
+    @property
+    def module(self) -> str:
+        """Last part of the published module's name: "q_proj" of "...self_attn.q_proj.weight"."""
+        return self.name.removesuffix(".weight").rpartition(".")[2]
+
     def stored_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Shape in the checkpoint, of a parameter of `shape`, stacked axes included."""
         own = shape[len(self.index) :]

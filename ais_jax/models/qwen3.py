@@ -13,13 +13,14 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from ais_jax.linear import linear
 from ais_jax.models import hf_config, layers
 from ais_jax.models.layers import KVCache
 from ais_jax.models.naming import Tensor, block_tensors
-from ais_jax.quantize import linear
 from ais_jax.settings import at_least, setting
 
 MODEL_TYPES = ("qwen3", "llama")
+PREFIXES = ("model.",)
 # Modules of a block: their names in a published checkpoint, and here.
 MODULES = {
     "input_layernorm": "input_layernorm",
@@ -179,12 +180,12 @@ def to_hf(config: Qwen3Config) -> dict[str, Any]:
     }
 
 
-def tensors(config: Qwen3Config) -> Iterator[Tensor]:
-    """Every tensor of a checkpoint."""
-    yield Tensor("model.embed_tokens.weight", ("embed_tokens",), (), "same")
-    yield Tensor("model.norm.weight", ("norm",), (), "same")
+def tensors(config: Qwen3Config, prefix: str) -> Iterator[Tensor]:
+    """Every tensor of a checkpoint; `prefix` is one of `PREFIXES`."""
+    yield Tensor(f"{prefix}embed_tokens.weight", ("embed_tokens",), (), "same")
+    yield Tensor(f"{prefix}norm.weight", ("norm",), (), "same")
     if not config.tie_word_embeddings:
         yield Tensor("lm_head.weight", ("lm_head",), (), "transposed")
     names = {k: v for k, v in MODULES.items() if config.qk_norm or v not in ("q_norm", "k_norm")}
     for i in range(config.num_hidden_layers):
-        yield from block_tensors(f"model.layers.{i}.", ("layers",), (i,), names)
+        yield from block_tensors(f"{prefix}layers.{i}.", ("layers",), (i,), names)

@@ -6,6 +6,8 @@ import dataclasses
 
 import jax
 
+from ais_jax import lora as lora_lib
+from ais_jax.lora import LoraConfig
 from ais_jax.models import Model, Params
 from ais_jax.sampling import autoregressive
 from ais_jax.sampling.types import Rollout, SamplingConfig
@@ -15,10 +17,41 @@ __all__ = ["Policy", "Rollout", "SamplingConfig"]
 
 @dataclasses.dataclass(frozen=True)
 class Policy:
-    """A model with the way it is sampled. Hashable; parameters are passed to each call."""
+    """A model with the way it is sampled. Hashable; parameters are passed to each call.
+
+    Attributes:
+      model: structure.
+      sampling: lengths, temperature, ids.
+      lora: what is trained are adapters beside a frozen base; None is the whole model.
+    """
 
     model: Model
     sampling: SamplingConfig
+    lora: LoraConfig | None = None
+
+    def join(self, trainable: Params, frozen: Params | None) -> Params:
+        """What the model computes with, from what is trained and what is not; copies nothing."""
+        if self.lora is None:
+            return trainable
+        assert frozen is not None
+        return lora_lib.join(trainable, frozen, self.lora.scale)
+
+    def init_trainable(self, key: jax.Array) -> Params:
+        """Random parameters, or adapters that change nothing yet; float32."""
+        if self.lora is None:
+            return self.model.init(key)
+        return lora_lib.init(self.lora, self.model, key)
+
+    def hold(self, base: Params) -> Params:
+        """The frozen part under adapters, as `lora.base_recipe` says, otherwise in `dtype`."""
+        assert self.lora is not None
+        return lora_lib.hold(base, self.lora, self.model.dtype)
+
+    def trainable_axes(self) -> Params:
+        """Logical axis names of what is trained, a tuple a leaf."""
+        if self.lora is None:
+            return self.model.param_axes()
+        return lora_lib.param_axes(self.lora, self.model)
 
     def rollout(
         self, params: Params, prompts: jax.Array, prompt_mask: jax.Array, keys: jax.Array

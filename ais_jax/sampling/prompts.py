@@ -9,27 +9,51 @@ from types import ModuleType
 import numpy as np
 
 from ais_jax.errors import UserError
-from ais_jax.models.tokenizers import CharTokenizer, left_pad
+from ais_jax.models.tokenizers import Tokenizer, left_pad
 from ais_jax.sampling.types import Rollout
 
 
 @dataclasses.dataclass(frozen=True)
 class Prompter:
-    """A task's text as a model's tokens."""
+    """A task's text as a model's tokens.
+
+    Attributes:
+      task: module of the task.
+      tokenizer: the model's.
+      max_prompt_tokens: P.
+      max_new_tokens: T.
+      style: how the task puts its problems, "compact" or "instruct".
+      chat: whether the problem is a user's turn in the tokenizer's chat template.
+      enable_thinking: argument of the template; None leaves it out.
+    """
 
     task: ModuleType
-    tokenizer: CharTokenizer
+    tokenizer: Tokenizer
     max_prompt_tokens: int
     max_new_tokens: int
+    style: str = "compact"
+    chat: bool = False
+    enable_thinking: bool | None = None
+
+    def prompt_ids(self, example: dict) -> list[int]:
+        """Ids of one prompt."""
+        text = self.task.prompt(example, self.style)
+        if not self.chat:
+            return self.tokenizer.encode(text)
+        turns = [{"role": "user", "content": text}]
+        return self.tokenizer.chat(turns, self.enable_thinking)  # type: ignore[attr-defined]
 
     def fitting(self, examples: Sequence[dict]) -> Prompter:
         """The same with room for the longest prompt of `examples`."""
-        longest = max(len(self.tokenizer.encode(self.task.prompt(e))) for e in examples)
+        longest = max(len(self.prompt_ids(example)) for example in examples)
         return dataclasses.replace(self, max_prompt_tokens=max(longest, self.max_prompt_tokens))
 
     def prompts(self, examples: Sequence[dict]) -> tuple[np.ndarray, np.ndarray]:
         """(ids [B, P] int32, mask [B, P] bool), left-padded."""
-        rows = [self.tokenizer.encode(self.task.prompt(example)) for example in examples]
+        rows: list[list[int]] = []
+        for i, example in enumerate(examples):  # a group's rows share one prompt
+            again = i > 0 and example is examples[i - 1]
+            rows.append(rows[-1] if again else self.prompt_ids(example))
         return left_pad(rows, self.max_prompt_tokens, self.tokenizer.pad_id)
 
     def demonstrations(self, examples: Sequence[dict], careless: Sequence[bool]) -> Rollout:
@@ -53,4 +77,5 @@ class Prompter:
 
     def completions(self, rollout: Rollout) -> list[str]:
         """Text of each completion, up to its end token."""
-        return [self.tokenizer.decode(row) for row in np.asarray(rollout.tokens)]
+        rows = zip(np.asarray(rollout.tokens), np.asarray(rollout.mask), strict=True)
+        return [self.tokenizer.decode(tokens[mask]) for tokens, mask in rows]

@@ -26,9 +26,9 @@ import difflib
 from types import ModuleType
 
 from ais_jax.errors import UserError
-from ais_jax.tasks import countdown, sudoku
+from ais_jax.tasks import arithmetic, countdown, sudoku
 
-_MODULES = {"countdown": countdown, "sudoku": sudoku}
+_MODULES = {"countdown": countdown, "sudoku": sudoku, "arithmetic": arithmetic}
 TASKS = tuple(_MODULES)
 
 

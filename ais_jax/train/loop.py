@@ -54,7 +54,8 @@ def train_grpo(
 ) -> TrainState:
     """Runs steps `start` + 1.. of GRPO; returns the last state, which has been saved.
 
-    `reference` is the policy that the KL term refers to, None where there is none.
+    `reference` is what `state.params` were in the policy that the KL term refers to, None where
+    there is none.
     """
     config = run.config
     watch = guards.Watch()
@@ -91,7 +92,9 @@ def train_step(run: Run, state, copy, step: int, iterator, reward_fn, reference)
     """One GRPO step. Returns the new state, the sampling copy, the metrics and what was sampled."""
     clock: dict[str, float] = {}
     began = time.perf_counter()
-    copy, changed = _timed(clock, "quantize_seconds", run.programs.refit, state.params, copy)
+    copy, changed = _timed(
+        clock, "quantize_seconds", run.programs.refit, run.join(state.params), copy
+    )
 
     key = jax.random.fold_in(jax.random.key(run.config.train.seed), step)
     sampled = sample_groups(run, copy, key, iterator, reward_fn)
@@ -200,8 +203,10 @@ def build_batch(run: Run, state: TrainState, sampled: Sampled, reference):
     rollout = jax.tree.map(run.programs.put, sampled.rollout)
     mask = rollout.mask & ~rollout.truncated[:, None] if c.mask_truncated else rollout.mask
     advantages = grpo.group_advantages(sampled.rewards, c.group_size, c.advantages)
-    old_logps, entropy = run.programs.score(state.params, rollout)
-    ref_logps = None if reference is None else run.programs.score(reference, rollout)[0]
+    old_logps, entropy = run.programs.score(run.join(state.params), rollout)
+    ref_logps = None
+    if reference is not None:
+        ref_logps, _ = run.programs.score(run.join(reference), rollout)
     mean_entropy = masked.mean(entropy, rollout.mask)
     batch = TrainBatch(rollout, mask, run.programs.put(advantages), old_logps, ref_logps)
     return batch, mean_entropy
@@ -219,7 +224,7 @@ def update_epochs(run: Run, state: TrainState, batch: TrainBatch, coefficient, s
             rows = rng.permutation(c.batch_size).reshape(c.minibatches, -1)
             parts = [run.programs.take(batch, part) for part in rows]
         for part in parts:
-            state, metrics = run.programs.update(state, part, coefficient)
+            state, metrics = run.programs.update(state, run.frozen, part, coefficient)
             history.append(metrics)
     mean = {name: float(np.mean([m[name] for m in history])) for name in history[0]}
     return state, mean

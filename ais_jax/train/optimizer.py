@@ -6,6 +6,7 @@ import jax
 import optax
 
 from ais_jax.config import Config, WarmupConfig
+from ais_jax.quantize import SMALL_NAMES
 
 
 def learning_rate_schedule(config: Config) -> optax.Schedule:
@@ -33,11 +34,12 @@ def _rise(peak: float, steps: int, after: optax.Schedule) -> optax.Schedule:
 def adamw(
     schedule: optax.Schedule, b1: float, b2: float, weight_decay: float, max_grad_norm: float
 ) -> optax.GradientTransformation:
-    """Clip, then AdamW; decay spares norms, which have one axis beside the stacked layers."""
+    """Clip, then AdamW; decay spares norms, decay rates and convolutions."""
 
     def decayed(params):
         return jax.tree.map_with_path(
-            lambda path, _: "norm" not in jax.tree_util.keystr(path[-1:]), params
+            lambda path, _: not any(x in jax.tree_util.keystr(path[-1:]) for x in SMALL_NAMES),
+            params,
         )
 
     return optax.chain(

@@ -22,20 +22,26 @@ from ais_jax.train.state import init_state, state_shardings
 class Programs:
     """Jitted functions; parameters, state and batches stay sharded between them.
 
-    init_params(key) -> params
-    init_state(params) -> state
+    init_trainable(key) -> what is trained: random parameters, or adapters
+    init_base(key) -> random parameters under adapters
+    hold(params) -> the frozen part under adapters, quantized if so configured; `params` is donated
+    init_state(trainable) -> state
     refit(params, previous or None) -> (sampling copy, share of changed codes)
     rollout(copy, prompts, prompt_mask, keys) -> Rollout
     score(params, rollout) -> (logps, entropy)
     measure(calibration, batch) -> (calibration, Measurement)
     take(batch, rows) -> the batch's rows
-    update(state, batch, coefficient) -> (state, metrics); `state` is donated
+    update(state, frozen, batch, coefficient) -> (state, metrics); `state` is donated
     put(array) -> the array, its rows split over the devices
+
+    `params` are those that the model computes with, see `Policy.join`.
     """
 
     mesh: jax.sharding.Mesh
 
-    init_params: Callable
+    init_trainable: Callable
+    init_base: Callable
+    hold: Callable
     init_state: Callable
     refit: Callable
     rollout: Callable
@@ -51,7 +57,10 @@ def build_programs(
 ) -> Programs:
     """Binds the static parts of each function and says where its results live."""
     model = policy.model
-    shardings = state_shardings(model, optimizer, mesh)
+    shardings = state_shardings(policy, optimizer, mesh)
+    base_shardings = mesh_lib.param_shardings(
+        model.param_axes(), model.abstract_params(), mesh, mesh_lib.TRAIN_RULES
+    )
     rows, everywhere = mesh_lib.batch_sharding(mesh), mesh_lib.replicated(mesh)
 
     refit = functools.partial(
@@ -74,7 +83,9 @@ def build_programs(
     )
     return Programs(
         mesh=mesh,
-        init_params=jax.jit(model.init, out_shardings=shardings.params),
+        init_trainable=jax.jit(policy.init_trainable, out_shardings=shardings.params),
+        init_base=jax.jit(model.init, out_shardings=base_shardings),
+        hold=jax.jit(policy.hold, donate_argnums=0),
         # A copy: updates give the state's memory away, and the caller keeps the parameters.
         init_state=jax.jit(
             lambda params: init_state(jax.tree.map(jnp.copy, params), optimizer),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import itertools
 import os
@@ -18,7 +19,7 @@ from ais_jax.train import checkpoint, data
 from ais_jax.train.display import console, final_table
 from ais_jax.train.loop import RewardFn, train_grpo
 from ais_jax.train.metrics import write_json
-from ais_jax.train.setup import Examples, Run, build_examples, build_run
+from ais_jax.train.setup import Examples, Run, build_examples, build_run, initial_params
 from ais_jax.train.state import TrainState
 from ais_jax.train.warmup import warm_up
 
@@ -59,9 +60,9 @@ def train(config: Config, reward_fn: RewardFn | None = None, name: str = "run") 
 def _phases(run: Run, examples: Examples, checkpoints, reward_fn: RewardFn, began: float) -> dict:
     """Warm-up, evaluation, GRPO, evaluation; returns the summary, timed from `began`."""
     config = run.config
-    params, cached = warm_up(
-        config, run.policy, run.prompter, examples.train, run.programs, cache_directory()
-    )
+    params, frozen = initial_params(run)
+    run = dataclasses.replace(run, frozen=frozen)
+    params, cached = warm_up(run, params, examples.train, cache_directory())
     warmed = time.perf_counter()
     evaluator = build_evaluator(
         run.policy,
@@ -71,7 +72,7 @@ def _phases(run: Run, examples: Examples, checkpoints, reward_fn: RewardFn, bega
         config.train.eval_max_new_tokens or config.rollout.max_new_tokens,
         config.train.seed,
     )
-    before = _evaluate_all(evaluator, params, examples)
+    before = _evaluate_all(evaluator, run.join(params), examples)
     reference = params if config.grpo.kl_coef else None
     state = run.programs.init_state(params)
     del params  # without a KL term nothing else needs them
@@ -86,11 +87,11 @@ def _phases(run: Run, examples: Examples, checkpoints, reward_fn: RewardFn, bega
         iterator,
         checkpoints,
         reward_fn,
-        lambda s: evaluator(s.params, heldout),
+        lambda s: evaluator(run.join(s.params), heldout),
         reference,
     )
     grpo_ended = time.perf_counter()
-    after = _evaluate_all(evaluator, state.params, examples)
+    after = _evaluate_all(evaluator, run.join(state.params), examples)
     return {
         "before": before,
         "after": after,
@@ -100,7 +101,8 @@ def _phases(run: Run, examples: Examples, checkpoints, reward_fn: RewardFn, bega
             "grpo": grpo_ended - grpo_began,
             "total": time.perf_counter() - began,
         },
-        "parameters": sum(x.size for x in jax.tree.leaves(state.params)),
+        "parameters": _count(run.policy.model.abstract_params()),
+        "trained_parameters": _count(state.params),
         "output_dir": str(run.directory),
     }
 
@@ -127,7 +129,7 @@ def _open_directory(run: Run):
             f"output_dir {run.directory} cannot be used: {error.strerror or error}"
         ) from error
     key = jax.ShapeDtypeStruct((), jax.random.key(0).dtype)
-    params = jax.eval_shape(run.programs.init_params, key)
+    params = jax.eval_shape(run.programs.init_trainable, key)
     checkpoint.check(checkpoints, jax.eval_shape(run.programs.init_state, params))
     before = run.directory / "config.yaml"
     if checkpoints.latest_step() is not None and before.exists():
@@ -157,7 +159,7 @@ def _evaluate_all(evaluator, params, examples: Examples) -> dict[str, float]:
 
 
 def _say_hello(run: Run, examples: Examples) -> None:
-    size = sum(x.size for x in jax.tree.leaves(run.policy.model.abstract_params()))
+    size = _count(run.policy.model.abstract_params())
     device = jax.devices()[0]
     console().print(
         f"{run.config.task.name}: {size / 1e6:.2f} M parameters on {jax.device_count()} "
@@ -166,6 +168,10 @@ def _say_hello(run: Run, examples: Examples) -> None:
     )
     if run.config.task.eval_file and not examples.real:
         console().print(f"{run.config.task.eval_file} is not here: evaluation on it is skipped")
+
+
+def _count(params) -> int:
+    return sum(x.size for x in jax.tree.leaves(params))
 
 
 def _directory(config: Config, name: str) -> pathlib.Path:

@@ -6,21 +6,39 @@ import dataclasses
 import os
 import pathlib
 from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
 
 from ais_jax import mesh as mesh_lib
 from ais_jax import models, tasks
 from ais_jax.config import Config
 from ais_jax.errors import UserError
-from ais_jax.models.tokenizers import CharTokenizer
+from ais_jax.models import Model, Params
+from ais_jax.models.checkpoint import Checkpoint, open_model, tokenizer_of
+from ais_jax.models.naming import Tensor
+from ais_jax.models.tokenizers import CharTokenizer, TextTokenizer, Tokenizer
 from ais_jax.sampling import Policy, SamplingConfig
 from ais_jax.sampling.prompts import Prompter
 from ais_jax.train.optimizer import grpo_optimizer, learning_rate_schedule
 from ais_jax.train.programs import Programs, build_programs
 
 
+class Source(NamedTuple):
+    """A checkpoint, checked."""
+
+    checkpoint: Checkpoint
+    tensors: list[Tensor]
+
+
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """The fixed parts of a run."""
+    """The fixed parts of a run.
+
+    Attributes:
+      frozen: the part of the policy that is not trained; None if all of it is.
+      source: the checkpoint that the policy starts from; None for random parameters.
+    """
 
     config: Config
     directory: pathlib.Path
@@ -28,6 +46,12 @@ class Run:
     prompter: Prompter
     programs: Programs
     learning_rate: Callable[[int], float]
+    source: Source | None = None
+    frozen: Params | None = None
+
+    def join(self, trainable: Params) -> Params:
+        """What the model computes with."""
+        return self.policy.join(trainable, self.frozen)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,45 +64,91 @@ class Examples:
 
 
 def build_run(config: Config, directory: pathlib.Path) -> Run:
-    """Builds policy, mesh and programs.
+    """Builds policy, mesh and programs; of a checkpoint only headers are read.
 
     Raises:
-      UserError: batch, mesh and devices do not fit together.
+      UserError: batch, mesh and devices do not fit together, or the checkpoint cannot be used.
     """
     task = tasks.get_task(config.task.name)
-    tokenizer = CharTokenizer(task.ALPHABET)
-    model_config = config.model
-    if model_config.vocab_size == 0:
-        model_config = dataclasses.replace(model_config, vocab_size=tokenizer.size)
-    elif model_config.vocab_size < tokenizer.size:
-        raise UserError(
-            f"model.vocab_size={model_config.vocab_size} is below the tokenizer's {tokenizer.size}"
-        )
-    model = models.build(model_config, config.train.dtype, config.train.remat)
-    sampling = SamplingConfig(
-        max_new_tokens=config.rollout.max_new_tokens,
-        temperature=config.rollout.temperature,
-        pad_id=tokenizer.pad_id,
-        eos_ids=(tokenizer.eos_id,),
-        token_count=tokenizer.size,
-        score_chunk=config.rollout.score_chunk,
-    )
-    policy = Policy(model, sampling)
+    source, model, tokenizer = _open_policy(config, task)
+    policy = Policy(model, _sampling(config, tokenizer), config.model.lora)
     mesh = mesh_lib.make_mesh(config.mesh)
     config.check_devices(mesh.shape["data"] * mesh.shape["fsdp"])
-    optimizer = grpo_optimizer(config)
     schedule = learning_rate_schedule(config)
     updates = config.grpo.inner_epochs * config.grpo.minibatches
     return Run(
         config=config,
         directory=directory,
         policy=policy,
-        prompter=Prompter(
-            task, tokenizer, config.rollout.max_prompt_tokens, config.rollout.max_new_tokens
-        ),
-        programs=build_programs(config, policy, optimizer, mesh),
+        prompter=_prompter(config, task, tokenizer),
+        programs=build_programs(config, policy, grpo_optimizer(config), mesh),
         learning_rate=lambda step: float(schedule((step - 1) * updates)),
+        source=source,
     )
+
+
+def _open_policy(config: Config, task) -> tuple[Source | None, Model, Tokenizer]:
+    dtype, remat = config.train.dtype, config.train.remat
+    tokenizer: Tokenizer
+    if config.model.checkpoint is not None:
+        checkpoint, model, tensors = open_model(config.model.checkpoint, dtype, remat)
+        tokenizer, sizes = tokenizer_of(checkpoint), model.config
+        source = Source(checkpoint, tensors)
+    else:
+        source, tokenizer, sizes = None, CharTokenizer(task.ALPHABET), config.model.sizes
+        if sizes.vocab_size == 0:
+            sizes = dataclasses.replace(sizes, vocab_size=tokenizer.size)
+        model = models.build(sizes, dtype, remat)
+    if sizes.vocab_size < tokenizer.size:
+        raise UserError(f"vocab_size={sizes.vocab_size} is below the tokenizer's {tokenizer.size}")
+    return source, model, tokenizer
+
+
+def _sampling(config: Config, tokenizer: Tokenizer) -> SamplingConfig:
+    return SamplingConfig(
+        max_new_tokens=config.rollout.max_new_tokens,
+        temperature=config.rollout.temperature,
+        pad_id=tokenizer.pad_id,
+        eos_ids=tokenizer.eos_ids,
+        token_count=tokenizer.size,
+        score_chunk=config.rollout.score_chunk,
+    )
+
+
+def _prompter(config: Config, task, tokenizer: Tokenizer) -> Prompter:
+    template = isinstance(tokenizer, TextTokenizer) and tokenizer.has_chat_template
+    style = config.task.style or ("instruct" if template else "compact")
+    return Prompter(
+        task,
+        tokenizer,
+        config.rollout.max_prompt_tokens,
+        config.rollout.max_new_tokens,
+        style=style,
+        chat=template and style == "instruct",
+        enable_thinking=config.task.enable_thinking,
+    )
+
+
+def initial_params(run: Run) -> tuple[Params, Params | None]:
+    """What is trained, at its start, and what is frozen (None if nothing is).
+
+    Raises:
+      UserError: a file of the checkpoint cannot be read.
+    """
+    config, programs, model = run.config, run.programs, run.policy.model
+    key = jax.random.key(config.train.seed)
+    lora = run.policy.lora
+    if run.source is None and lora is None:
+        return programs.init_trainable(key), None
+    if run.source is None:
+        base = programs.init_base(key)
+    else:
+        shardings = models.shardings_of(model, programs.mesh)
+        dtype = "float32" if lora is None else config.train.dtype
+        base = models.load_params(*run.source, model, shardings, dtype)
+    if lora is None:
+        return base, None
+    return programs.init_trainable(key), programs.hold(base)
 
 
 def build_examples(config: Config) -> Examples:

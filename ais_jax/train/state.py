@@ -10,7 +10,8 @@ import optax
 
 from ais_jax import mesh as mesh_lib
 from ais_jax.ais_config import AISConfig
-from ais_jax.models import Model, Params
+from ais_jax.models import Params
+from ais_jax.sampling import Policy
 
 CALIBRATION_BATCHES = 5
 CALIBRATION_FACTOR = 2.0
@@ -27,7 +28,7 @@ class Calibration(NamedTuple):
 class TrainState(NamedTuple):
     """Everything that an update changes. Sampling keys follow from the seed and the step."""
 
-    params: Params  # float32 master weights
+    params: Params  # float32 master weights of what is trained
     opt_state: optax.OptState
     calibration: Calibration
     skipped: jax.Array  # [] int32, non-finite updates in a row
@@ -39,10 +40,12 @@ def init_state(params: Params, optimizer: optax.GradientTransformation) -> Train
     return TrainState(params, optimizer.init(params), calibration, jnp.zeros((), jnp.int32))
 
 
-def state_shardings(model: Model, optimizer: optax.GradientTransformation, mesh: jax.sharding.Mesh):
+def state_shardings(
+    policy: Policy, optimizer: optax.GradientTransformation, mesh: jax.sharding.Mesh
+):
     """A `TrainState` of NamedShardings: moments lie like their parameters, scalars everywhere."""
-    shapes = model.abstract_params()
-    params = mesh_lib.param_shardings(model.param_axes(), shapes, mesh, mesh_lib.TRAIN_RULES)
+    shapes = jax.eval_shape(policy.init_trainable, jax.random.key(0))
+    params = mesh_lib.param_shardings(policy.trainable_axes(), shapes, mesh, mesh_lib.TRAIN_RULES)
     everywhere: Any = mesh_lib.replicated(mesh)
     opt_state = optax.tree_utils.tree_map_params(
         optimizer,

@@ -14,6 +14,7 @@ import optax
 
 from ais_jax import ais, masked, quantize
 from ais_jax.ais_config import AISConfig
+from ais_jax.lora import merge
 from ais_jax.models import Params
 from ais_jax.sampling import Policy, Rollout
 from ais_jax.train.state import Calibration, TrainState, calibrate, severity_scale
@@ -40,9 +41,10 @@ class Measurement(NamedTuple):
 def refit(params: Params, previous: Params | None, *, recipe: str, dtype, platform: str):
     """The sampling copy of `params`, and the share of its codes that differ from `previous`.
 
-    A share of 0 after an update means that the sampler is deaf to what is learned.
+    Adapters are merged in. A share of 0 after an update means that the sampler is deaf to what is
+    learned.
     """
-    copy = quantize.prepare(quantize.quantize(params, recipe, dtype), platform)
+    copy = quantize.prepare(quantize.quantize(merge(params), recipe, dtype), platform)
     changed = jnp.float32(jnp.nan)
     if previous is not None:
         changed = quantize.changed_fraction(previous, copy)
@@ -63,6 +65,7 @@ def measure(
 
 def loss(
     params: Params,
+    frozen: Params | None,
     batch: TrainBatch,
     coefficient: jax.Array,
     denominator: jax.Array,
@@ -76,7 +79,7 @@ def loss(
     The KL to the reference is the k3 estimate exp(d) - 1 - d of d = ref_logps - logps, never
     weighted by the correction.
     """
-    logps, _ = policy.score(params, batch.rollout)
+    logps, _ = policy.score(policy.join(params, frozen), batch.rollout)
     result = ais.ais_loss(
         logps,
         batch.rollout.logps,
@@ -99,6 +102,7 @@ def loss(
 
 def update(
     state: TrainState,
+    frozen: Params | None,
     batch: TrainBatch,
     coefficient: jax.Array,
     *,
@@ -110,6 +114,8 @@ def update(
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """One optimizer step on a minibatch, its gradient accumulated over micro-batches.
 
+    `frozen` is the part of the policy that is not trained, None if all of it is.
+
     The denominator is the whole minibatch's, so neither the number of micro-batches nor that of
     devices changes loss or gradient. An update that is not finite is skipped and counted.
     """
@@ -118,6 +124,7 @@ def update(
     def one(carry, micro):
         (value, aux), grads = jax.value_and_grad(loss, has_aux=True)(
             state.params,
+            frozen,
             micro,
             coefficient,
             denominator,

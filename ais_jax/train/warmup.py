@@ -1,10 +1,11 @@
-"""Supervised warm-up: from random parameters to a policy that can be rewarded at all."""
+"""Supervised warm-up: to a policy that can be rewarded at all."""
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
 import json
+import os
 import pathlib
 import time
 
@@ -15,66 +16,77 @@ import optax
 from ais_jax import masked, settings
 from ais_jax.config import Config
 from ais_jax.models import Params
+from ais_jax.models.tokenizers import CharTokenizer
 from ais_jax.sampling import Policy, Rollout
 from ais_jax.sampling.prompts import Prompter
 from ais_jax.train import checkpoint, data
 from ais_jax.train.display import WARMUP_COLUMNS, Progress
 from ais_jax.train.optimizer import warmup_optimizer
+from ais_jax.train.setup import Run
 from ais_jax.train.state import state_shardings
 
 # To be raised with every change of model, tasks or training that changes what a warm-up gives.
-VERSION = 1
+VERSION = 2
 
 
-def supervised_loss(params: Params, batch: Rollout, policy: Policy) -> jax.Array:
+def supervised_loss(
+    params: Params, frozen: Params | None, batch: Rollout, policy: Policy
+) -> jax.Array:
     """Mean cross-entropy of the demonstrations' tokens, nats."""
-    logps, _ = policy.score(params, batch)
+    logps, _ = policy.score(policy.join(params, frozen), batch)
     return -masked.mean(logps, batch.mask)
 
 
 def warm_up(
-    config: Config, policy: Policy, prompter: Prompter, examples: list[dict], programs, cache_dir
+    run: Run, params: Params, examples: list[dict], cache_dir: str | os.PathLike
 ) -> tuple[Params, bool]:
-    """Parameters after the warm-up, and whether they came from the cache."""
-    init_key = jax.random.key(config.train.seed)
-    params = programs.init_params(init_key)
-    if config.warmup.steps == 0:
+    """What is trained, after the warm-up, and whether it came from the cache.
+
+    Args:
+      run: the run; its `frozen` part is set.
+      params: what is trained, at its start; given away.
+      examples: problems to imitate solutions of.
+      cache_dir: where warm-ups are kept.
+    """
+    config = run.config.warmup
+    if config.steps == 0:
         return params, False
-    path = pathlib.Path(cache_dir) / f"warmup-{fingerprint(config, prompter, examples)}"
-    if config.warmup.cache and checkpoint.exists(path):
+    path = pathlib.Path(cache_dir) / f"warmup-{fingerprint(run.config, run.prompter, examples)}"
+    if config.cache and checkpoint.exists(path):
         return checkpoint.load_params(path, params), True
-    params = _train(config, policy, prompter, examples, programs, params)
-    if config.warmup.cache:
+    params = _train(run, params, examples)
+    if config.cache:
         checkpoint.save_params(path, params)
     return params, False
 
 
-def _train(config, policy, prompter, examples, programs, params) -> Params:
+def _train(run: Run, params: Params, examples: list[dict]) -> Params:
+    config, policy, programs = run.config, run.policy, run.programs
     # Demonstrations are scored at temperature 1, whatever the rollouts use.
     plain = dataclasses.replace(
         policy, sampling=dataclasses.replace(policy.sampling, temperature=1.0)
     )
     optimizer = warmup_optimizer(config.warmup)
 
-    def step(params, opt_state, batch):
-        value, grads = jax.value_and_grad(supervised_loss)(params, batch, plain)
+    def step(params, frozen, opt_state, batch):
+        value, grads = jax.value_and_grad(supervised_loss)(params, frozen, batch, plain)
         updates, opt_state = optimizer.update(grads, opt_state, params)
         return optax.apply_updates(params, updates), opt_state, value
 
-    shardings = state_shardings(policy.model, optimizer, programs.mesh)
+    shardings = state_shardings(policy, optimizer, programs.mesh)
     placed = (shardings.params, shardings.opt_state)
-    train_step = jax.jit(step, donate_argnums=(0, 1), out_shardings=(*placed, None))
+    train_step = jax.jit(step, donate_argnums=(0, 2), out_shardings=(*placed, None))
     opt_state = jax.jit(optimizer.init, out_shardings=shardings.opt_state)(params)
     iterator = data.batches(examples, config.warmup.batch_size, config.train.seed)
     rng = np.random.default_rng(config.train.seed)
     with Progress(config.warmup.steps, "warm-up", columns=WARMUP_COLUMNS) as progress:
         for i in range(config.warmup.steps):
             began = time.perf_counter()
-            examples = next(iterator)
-            careless = rng.random(len(examples)) < config.warmup.careless_fraction
-            demonstrations = prompter.demonstrations(examples, careless)
+            part = next(iterator)
+            careless = (rng.random(len(part)) < config.warmup.careless_fraction).tolist()
+            demonstrations = run.prompter.demonstrations(part, careless)
             batch = jax.tree.map(programs.put, demonstrations)
-            params, opt_state, value = train_step(params, opt_state, batch)
+            params, opt_state, value = train_step(params, run.frozen, opt_state, batch)
             metrics = {"loss": float(value)}  # waits for the step
             seconds = time.perf_counter() - began
             progress.update(
@@ -91,6 +103,15 @@ def fingerprint(config: Config, prompter: Prompter, examples: list[dict]) -> str
     relevant["examples"] = examples
     relevant["train"] = {key: tree["train"][key] for key in ("seed", "dtype")}
     relevant["lengths"] = [config.rollout.max_prompt_tokens, config.rollout.max_new_tokens]
-    relevant["alphabet"] = prompter.tokenizer.alphabet
+    if isinstance(prompter.tokenizer, CharTokenizer):
+        relevant["alphabet"] = prompter.tokenizer.alphabet
+    if config.model.checkpoint is not None:
+        relevant["checkpoint"] = _files(pathlib.Path(config.model.checkpoint))
     text = json.dumps(relevant, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _files(path: pathlib.Path) -> list:
+    """Name, size and time of change of each file of a checkpoint."""
+    files = sorted(path.iterdir()) if path.is_dir() else [path]
+    return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]

@@ -44,6 +44,7 @@ def one_of_each(name: str) -> dict:
     return {
         "countdown": {"numbers": [3, 7, 5], "target": 16},
         "sudoku": {"puzzle": "3102200002100320", "solution": "3142243142131324"},
+        "arithmetic": {"problem": "7*8", "answer": 56},
     }[name]
 
 
@@ -64,12 +65,18 @@ def test_no_module_imports_jax():
 
 
 def test_modules_by_name():
-    assert tasks.TASKS == ("countdown", "sudoku")
+    assert tasks.TASKS == ("countdown", "sudoku", "arithmetic")
     assert tasks.get_task("sudoku") is tasks.sudoku
     assert tasks.get_task("countdown") is tasks.countdown
-    for wrong, nearest in (("contdown", "countdown"), ("Sudoko", "sudoku"), ("count", "countdown")):
+    assert tasks.get_task("arithmetic") is tasks.arithmetic
+    for wrong, nearest in (
+        ("contdown", "countdown"),
+        ("Sudoko", "sudoku"),
+        ("count", "countdown"),
+        ("arithmetics", "arithmetic"),
+    ):
         with pytest.raises(
-            UserError, match=f"task '{wrong}' .*mean '{nearest}'.*countdown, sudoku"
+            UserError, match=f"task '{wrong}' .*mean '{nearest}'.*countdown, sudoku, arithmetic"
         ):
             tasks.get_task(wrong)
 

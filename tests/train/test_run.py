@@ -53,12 +53,14 @@ def job(tmp_path, monkeypatch):
             config_lib.Config,
             {
                 "model": {
-                    "hidden_size": 32,
-                    "intermediate_size": 64,
-                    "num_hidden_layers": 1,
-                    "num_attention_heads": 4,
-                    "num_key_value_heads": 2,
-                    "head_dim": 8,
+                    "qwen3": {
+                        "hidden_size": 32,
+                        "intermediate_size": 64,
+                        "num_hidden_layers": 1,
+                        "num_attention_heads": 4,
+                        "num_key_value_heads": 2,
+                        "head_dim": 8,
+                    }
                 },
                 "task": {
                     "train_examples": 256,
@@ -164,7 +166,7 @@ def test_a_checkpoint_of_another_model_is_refused(job):
     ais_jax.train(make())
     config = (folder / "run" / "config.yaml").read_text()
     with pytest.raises(UserError, match=r"checkpoints/4 does not fit .*params.*\[21, 32\] there"):
-        ais_jax.train(make(**{"model.hidden_size": 64, "train.steps": 6}))
+        ais_jax.train(make(**{"model.qwen3.hidden_size": 64, "train.steps": 6}))
     assert (folder / "run" / "config.yaml").read_text() == config
 
 

@@ -74,6 +74,7 @@ def start() -> TrainState:
 def run_update(state, batch, coefficient, config=AISConfig(), micro_batches=1, kl_coef=0.0):
     return UPDATE(
         state,
+        None,
         batch,
         coefficient,
         policy=POLICY,
@@ -147,7 +148,7 @@ def test_devices_change_nothing(data, fsdp, tensor):
 
     devices = jax.devices()[: data * fsdp * tensor]
     mesh = mesh_lib.make_mesh(mesh_lib.MeshConfig(data, fsdp, tensor), devices)
-    shardings = state_shardings(POLICY.model, SGD, mesh)
+    shardings = state_shardings(POLICY, SGD, mesh)
     sharded = jax.device_put(state, shardings)
     rows = jax.device_put(batch, mesh_lib.batch_sharding(mesh))
     got_calibration, got = measure(sharded.calibration, rows)
@@ -165,7 +166,7 @@ def test_devices_change_nothing(data, fsdp, tensor):
 def test_parameters_and_moments_are_split_and_scalars_are_not():
     mesh = mesh_lib.make_mesh(mesh_lib.MeshConfig(2, 2, 2))
     optimizer = adamw(optax.constant_schedule(1e-3), 0.9, 0.95, 0.1, 1.0)
-    shardings = state_shardings(POLICY.model, optimizer, mesh)
+    shardings = state_shardings(POLICY, optimizer, mesh)
     state = jax.jit(lambda p: init_state(p, optimizer), out_shardings=shardings)(
         POLICY.model.init(jax.random.key(0))
     )

@@ -1,0 +1,118 @@
+"""The product of a linear layer, whatever its kernel is held as."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from ais_jax.quantize import QuantArray, codes, multipliable
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class LoraArray:
+    """A kernel as base + scale * a @ b; leading axes can be scanned over (arXiv 2106.09685).
+
+    Attributes:
+      base: [..., in, out], frozen; an array or a `QuantArray` without `activation`.
+      a: [..., in, rank] float32.
+      b: [..., rank, out] float32.
+      scale: alpha / rank.
+    """
+
+    base: jax.Array | QuantArray
+    a: jax.Array
+    b: jax.Array
+    scale: float = dataclasses.field(metadata={"static": True})
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the kernel."""
+        return self.base.shape
+
+    @property
+    def ndim(self) -> int:
+        """Number of axes of the kernel."""
+        return self.base.ndim
+
+    def merge(self) -> jax.Array:
+        """The kernel [..., in, out] float32."""
+        base = self.base
+        base = base.dequantize() if isinstance(base, QuantArray) else base.astype(jnp.float32)
+        return base + self.scale * jnp.matmul(self.a, self.b, precision="highest")
+
+
+Kernel = jax.Array | QuantArray | LoraArray
+
+
+def linear(x: jax.Array, w: Kernel) -> jax.Array:
+    """x @ w with float32 (integers: int32) accumulation.
+
+    A plain `w` is cast to x's dtype; its gradient is summed in float32 and not rounded to x's
+    dtype. With a `QuantArray` that has `activation` set, x is quantized per token (over its last
+    axis) as the weights are per channel, and result = (codes @ values) * token scale * channel
+    scale: for sampling, not to be differentiated. Without, result = (x @ values) * scale, which
+    has a gradient for x. A `LoraArray` is x @ base + scale * (x @ a) @ b.
+
+    Args:
+      x: [..., in] float32 or bfloat16.
+      w: [in, out].
+
+    Returns:
+      [..., out] in x's dtype.
+
+    Raises:
+      ValueError: the shapes do not fit.
+    """
+    if w.ndim != 2 or x.ndim < 1 or x.shape[-1] != w.shape[0]:
+        raise ValueError(f"linear: x {x.shape} and w {w.shape} must be [..., in] and [in, out]")
+    return _wide(x, w).astype(x.dtype)
+
+
+def _wide(x: jax.Array, w: Kernel) -> jax.Array:
+    """The product in float32, before it is rounded."""
+    if isinstance(w, LoraArray):
+        low = _product(x, w.a).astype(x.dtype)
+        return _wide(x, w.base) + w.scale * _product(low, w.b)
+    if not isinstance(w, QuantArray):
+        return _product(x, w)
+    if w.activation is None:
+        return _product(x, w.values.astype(x.dtype)) * w.scale[0]
+    numbers, scale = codes(x.astype(jnp.float32), w.activation, axis=-1)
+    values = w.values.astype(multipliable(w.values.dtype))
+    return _dot(numbers.astype(values.dtype), values).astype(jnp.float32) * scale * w.scale[0]
+
+
+def _dot(x: jax.Array, w: jax.Array) -> jax.Array:
+    integer = jnp.issubdtype(x.dtype, jnp.integer)
+    contract = (((x.ndim - 1,), (0,)), ((), ()))
+    return jax.lax.dot_general(
+        x, w, contract, preferred_element_type=jnp.int32 if integer else jnp.float32
+    )
+
+
+@jax.custom_vjp
+def _product(x: jax.Array, w: jax.Array) -> jax.Array:
+    return _dot(x, w.astype(x.dtype))
+
+
+def _product_forward(x, w):
+    return _product(x, w), (x, w)
+
+
+def _product_backward(residuals, g):
+    # The derivative that jax would take multiplies float32 cotangents with bfloat16 operands,
+    # which every chip widens: the backward pass would lose the speed of bfloat16.
+    x, w = residuals
+    g = g.astype(x.dtype)
+    dot = functools.partial(jax.lax.dot_general, preferred_element_type=jnp.float32)
+    rows = tuple(range(x.ndim - 1))
+    dx = dot(g, w.astype(x.dtype), (((g.ndim - 1,), (1,)), ((), ())))
+    dw = dot(x, g, ((rows, rows), ((), ())))
+    return dx.astype(x.dtype), dw.astype(w.dtype)
+
+
+_product.defvjp(_product_forward, _product_backward)

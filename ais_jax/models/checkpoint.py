@@ -1,0 +1,201 @@
+"""Published checkpoints: what a folder or a GGUF file holds, checked before anything is read."""
+
+from __future__ import annotations
+
+import pathlib
+import re
+import shutil
+import tempfile
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import numpy as np
+
+from ais_jax.errors import UserError
+from ais_jax.models import naming
+from ais_jax.models.model import FAMILIES, Model, ModelConfig, build, family
+from ais_jax.models.safetensors_io import read_json, scan_folder, write_json
+from ais_jax.models.tokenizers import TextTokenizer, load_tokenizer, tokenizer_files
+
+# Parts of multimodal checkpoints that are not computed here; they are carried over as they are.
+_CARRIED = re.compile(r"(model\.)?(visual|mtp)\.")
+# Left over from older libraries, or a copy of the embedding in a model that ties the two.
+_DROPPED = re.compile(r"lm_head\.weight$|.*rotary_emb\.inv_freq$")
+_OWN = re.compile(r"(model|lm_head)\.")
+_FLOATS = ("float32", "bfloat16", "float16", "float64")
+
+
+class Checkpoint(Protocol):
+    """Tensors by published name, with the JSON files that go with them."""
+
+    config: dict[str, Any]
+    generation_config: dict[str, Any]
+    shapes: dict[str, tuple[int, ...]]
+
+    def read(self, name: str) -> np.ndarray:
+        """A tensor, in its stored dtype."""
+
+    def save_tokenizer(self, directory: pathlib.Path) -> None:
+        """Writes the tokenizer's files, if there are any."""
+
+
+class FolderCheckpoint:
+    """A Hugging Face folder: config.json and safetensors, perhaps a tokenizer.
+
+    Raises:
+      UserError: a file is missing or damaged, or the tensors are quantized.
+    """
+
+    def __init__(self, directory: pathlib.Path):
+        self.directory = directory
+        self.config = read_json(directory / "config.json")
+        if "quantization_config" in self.config:
+            raise UserError(
+                f"{directory / 'config.json'}: a quantized checkpoint cannot be trained; use the "
+                "unquantized one, and choose rollout.recipe for sampling"
+            )
+        generation = directory / "generation_config.json"
+        self.generation_config = read_json(generation) if generation.exists() else {}
+        self._entries = scan_folder(directory)
+        self.shapes = {name: entry.shape for name, entry in self._entries.items()}
+
+    def where(self, name: str) -> pathlib.Path:
+        """The file that holds a tensor."""
+        return self._entries[name].file
+
+    def read(self, name: str) -> np.ndarray:
+        """A tensor, in its stored dtype."""
+        entry = self._entries[name]
+        if entry.dtype.name not in _FLOATS:
+            raise UserError(f"{entry.file}: tensor {name} is {entry.dtype}, not a float")
+        return entry.read()
+
+    def dtype(self, name: str) -> np.dtype:
+        """Stored dtype of a tensor."""
+        return self._entries[name].dtype
+
+    def carried(self) -> dict[str, Callable[[], np.ndarray]]:
+        """Tensors of parts that are not computed here, by name."""
+        return {name: entry.read for name, entry in self._entries.items() if _CARRIED.match(name)}
+
+    def save_tokenizer(self, directory: pathlib.Path) -> None:
+        """Copies the tokenizer's files, if there are any."""
+        for file in tokenizer_files(self.directory):
+            shutil.copyfile(file, directory / file.name)
+
+
+def open_checkpoint(path: str | pathlib.Path) -> Checkpoint:
+    """A checkpoint folder or a .gguf file.
+
+    Raises:
+      UserError: nothing is there, or it is damaged.
+    """
+    path = pathlib.Path(path)
+    if path.is_dir():
+        return FolderCheckpoint(path)
+    if not path.exists():
+        raise UserError(f"{path}: no such folder or file; give a checkpoint folder or a .gguf file")
+    if path.suffix != ".gguf":
+        raise UserError(f"{path}: give the folder of a checkpoint, or a .gguf file")
+    from ais_jax.models.gguf import open_gguf
+
+    return open_gguf(path)
+
+
+def config_of(raw: dict[str, Any], where: str = "") -> ModelConfig:
+    """The sizes in a published config.json.
+
+    Raises:
+      UserError: unknown model_type, or what the family refuses.
+    """
+    kind = raw.get("model_type")
+    for module in FAMILIES:
+        if kind in module.MODEL_TYPES:
+            try:
+                return module.from_hf(raw)
+            except UserError as error:
+                raise UserError(f"{where}{': ' if where else ''}{error}") from None
+    known = ", ".join(name for module in FAMILIES for name in module.MODEL_TYPES)
+    raise UserError(
+        f"{where}{': ' if where else ''}config.json: model_type={kind!r} is unknown; one of {known}"
+    )
+
+
+def tensors_of(config: ModelConfig, names: set[str] | None = None) -> list[naming.Tensor]:
+    """A model's tensors under their published names.
+
+    Args:
+      config: sizes.
+      names: what a checkpoint holds. Text models and multimodal ones differ by a prefix; without
+        names it is that of text models.
+    """
+    module = family(config)
+    options = [list(module.tensors(config, prefix)) for prefix in module.PREFIXES]
+    return next((x for x in options if names and x[0].name in names), options[0])
+
+
+def check_tensors(checkpoint: Checkpoint, model: Model, where: str) -> list[naming.Tensor]:
+    """The model's tensors, all of which are in the checkpoint with the right shapes.
+
+    Tensors outside of the model's namespace ("model." and "lm_head.") are no concern of it.
+
+    Raises:
+      UserError: one is missing, of another shape, or in the namespace and not known.
+    """
+    tensors = tensors_of(model.config, set(checkpoint.shapes))
+    params = model.abstract_params()
+    for tensor in tensors:
+        expected = tensor.stored_shape(leaf(params, tensor.path).shape)
+        found = checkpoint.shapes.get(tensor.name)
+        if found is None:
+            raise UserError(f"{where}: tensor {tensor.name} is missing; config.json asks for it")
+        if found != expected:
+            raise UserError(
+                f"{where}: tensor {tensor.name} is {list(found)}, but the sizes in config.json "
+                f"make it {list(expected)}"
+            )
+    known = {tensor.name for tensor in tensors}
+    for name in checkpoint.shapes:
+        outside = _CARRIED.match(name) or _DROPPED.match(name) or not _OWN.match(name)
+        if name not in known and not outside:
+            raise UserError(
+                f"{where}: tensor {name} belongs to no part of a "
+                f"{checkpoint.config.get('model_type')} model as config.json describes it"
+            )
+    return tensors
+
+
+def open_model(
+    path: str | pathlib.Path, dtype: str = "bfloat16", remat: bool = False
+) -> tuple[Checkpoint, Model, list[naming.Tensor]]:
+    """A checkpoint, its model's structure and where each tensor belongs; no tensor is read.
+
+    Raises:
+      UserError: see `open_checkpoint`, `config_of`, `check_tensors`.
+    """
+    checkpoint = open_checkpoint(path)
+    model = build(config_of(checkpoint.config, str(path)), dtype, remat)
+    return checkpoint, model, check_tensors(checkpoint, model, str(path))
+
+
+def tokenizer_of(checkpoint: Checkpoint) -> TextTokenizer:
+    """The tokenizer that a checkpoint carries.
+
+    Raises:
+      UserError: it carries none, or a damaged one.
+    """
+    if isinstance(checkpoint, FolderCheckpoint):
+        return load_tokenizer(checkpoint.directory)
+    with tempfile.TemporaryDirectory() as name:
+        folder = pathlib.Path(name)
+        write_json(folder / "config.json", checkpoint.config)
+        write_json(folder / "generation_config.json", checkpoint.generation_config)
+        checkpoint.save_tokenizer(folder)
+        return load_tokenizer(folder)
+
+
+def leaf(tree: Any, path: naming.Path) -> Any:
+    """What lies at `path` in nested dicts."""
+    for key in path:
+        tree = tree[key]
+    return tree

@@ -1,0 +1,249 @@
+"""Published checkpoints in and out: `from_pretrained`, `save_pretrained`."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import os
+import pathlib
+import shutil
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import unflatten_dict
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
+
+from ais_jax import mesh as mesh_lib
+from ais_jax.errors import UserError
+from ais_jax.models import naming
+from ais_jax.models.checkpoint import Checkpoint, FolderCheckpoint, leaf, open_model, tensors_of
+from ais_jax.models.model import Model, Params, family
+from ais_jax.models.safetensors_io import Output, write_folder, write_json
+
+SHARD_BYTES = 5_000_000_000
+
+
+@dataclasses.dataclass(frozen=True)
+class PretrainedModel(Model):
+    """A `Model` together with the parameters that were read, and where they came from.
+
+    As a static argument of jit pass `structure`, which holds no arrays.
+    """
+
+    params: Params = dataclasses.field(default_factory=dict, repr=False, compare=False)
+    checkpoint: Checkpoint | None = dataclasses.field(default=None, repr=False, compare=False)
+
+    @property
+    def structure(self) -> Model:
+        """The model without parameters."""
+        return Model(self.config, self.dtype, self.remat)
+
+
+def from_pretrained(
+    directory: str | os.PathLike, dtype: str = "bfloat16", mesh: Mesh | None = None
+) -> PretrainedModel:
+    """Reads a published checkpoint: a Hugging Face folder of safetensors, or a GGUF file.
+
+    Tensors are read one at a time and put straight where they will live, so that memory holds
+    little more than the parameters themselves. Tokenizer files are not needed.
+
+    Args:
+      directory: the folder or file. Nothing is downloaded.
+      dtype: of parameters and activations, "bfloat16" or "float32". A few small parameters that
+        the architecture computes with in float32 are not rounded to bfloat16.
+      mesh: devices (data, fsdp, tensor) over which the parameters are split; None is one device.
+
+    Raises:
+      UserError: a file is missing or damaged, the architecture is unknown, sizes contradict.
+    """
+    checkpoint, model, tensors = open_model(os.fspath(directory), dtype)
+    shardings = shardings_of(model, mesh)
+    params = load_params(checkpoint, tensors, model, shardings, dtype)
+    return PretrainedModel(model.config, dtype, False, params, checkpoint)
+
+
+def shardings_of(model: Model, mesh: Mesh | None) -> Any:
+    """A sharding for each parameter: by the rules of training, or one device."""
+    shapes = model.abstract_params()
+    if mesh is None:
+        return jax.tree.map(lambda _: SingleDeviceSharding(jax.local_devices()[0]), shapes)
+    return mesh_lib.param_shardings(model.param_axes(), shapes, mesh, mesh_lib.TRAIN_RULES)
+
+
+def load_params(
+    checkpoint: Checkpoint,
+    tensors: list[naming.Tensor],
+    model: Model,
+    shardings: Any,
+    dtype: str,
+) -> Params:
+    """Parameters of a checkpoint that has been checked, in `shardings`.
+
+    A parameter that stacks layers is created once, and each layer is written into it in place.
+    """
+    shapes = model.abstract_params()
+    parts: dict[naming.Path, list[naming.Tensor]] = {}
+    for tensor in tensors:
+        parts.setdefault(tensor.path, []).append(tensor)
+
+    def weight(path):  # the largest tensors come first, while there is room for their copies
+        return -leaf(shapes, path).size / len(parts[path])
+
+    kept = getattr(family(model.config), "STORED_DTYPE", ())
+    flat = {}
+    for path in sorted(parts, key=weight):
+        as_stored = path[-1] in kept and dtype != "float32"
+        place = functools.partial(_load_leaf, checkpoint, parts[path], leaf(shapes, path).shape)
+        flat[path] = place(leaf(shardings, path), None if as_stored else jnp.dtype(dtype))
+    return unflatten_dict(flat)
+
+
+def _load_leaf(
+    checkpoint: Checkpoint,
+    parts: list[naming.Tensor],
+    shape: tuple[int, ...],
+    sharding: Sharding,
+    dtype: np.dtype | None,
+) -> jax.Array:
+    def read(tensor):
+        data = checkpoint.read(tensor.name)
+        stored = _stored_sharding(sharding, tensor)
+        return jax.make_array_from_callback(data.shape, stored, lambda index: data[index])
+
+    first = read(parts[0])
+    dtype = first.dtype if dtype is None else dtype
+    layout = parts[0].layout
+    if parts[0].index == ():
+        return jax.jit(lambda x: _own(x, layout).astype(dtype), out_shardings=sharding)(first)
+    buffer = jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=sharding)()
+    insert = jax.jit(
+        functools.partial(_insert, layout=layout), donate_argnums=0, out_shardings=sharding
+    )
+    for tensor in parts:
+        data = first if tensor is parts[0] else read(tensor)
+        # Waits, so that at most one tensor is under way.
+        buffer = jax.block_until_ready(insert(buffer, data, np.array(tensor.index, np.int32)))
+        first = data = None
+    return buffer
+
+
+def _own(x: jax.Array, layout: str) -> jax.Array:
+    """A stored tensor as a parameter."""
+    if layout == "conv":
+        return x[:, 0]
+    return x.T if layout == "transposed" else x
+
+
+def _insert(buffer: jax.Array, x: jax.Array, index: jax.Array, layout: str) -> jax.Array:
+    own = _own(x, layout).astype(buffer.dtype)
+    stack = buffer.ndim - own.ndim
+    start = [index[i] for i in range(stack)] + [0] * own.ndim
+    return jax.lax.dynamic_update_slice(buffer, own.reshape((1,) * stack + own.shape), start)
+
+
+def _extract(param: jax.Array, index: jax.Array, layout: str) -> jax.Array:
+    for i in range(index.shape[0]):
+        param = jax.lax.dynamic_index_in_dim(param, index[i], 0, keepdims=False)
+    if layout == "conv":
+        return param[:, None]
+    return param.T if layout == "transposed" else param
+
+
+def _stored_sharding(sharding: Sharding, tensor: naming.Tensor) -> Sharding:
+    """That of a stored tensor, from its parameter's."""
+    if not isinstance(sharding, NamedSharding):
+        return sharding
+    own = sharding.spec[len(tensor.index) :]
+    if tensor.layout == "transposed":
+        own = own[::-1]
+    elif tensor.layout == "conv":
+        own = (own[0], None, own[1])
+    return NamedSharding(sharding.mesh, PartitionSpec(*own))
+
+
+def save_pretrained(
+    model: Model,
+    params: Params,
+    directory: str | os.PathLike,
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """Writes a folder that transformers and vLLM read; parameters keep their dtypes.
+
+    A model from `from_pretrained` keeps its config.json and generation config, its tokenizer, and
+    the tensors of parts that are not computed here (vision, multi-token prediction). The folder
+    appears when it is complete.
+
+    Args:
+      model: structure, or what `from_pretrained` returned.
+      params: as `model.params`: arrays, neither quantized nor with adapters.
+      directory: absent or empty.
+      shard_bytes: largest size of one safetensors file.
+
+    Raises:
+      UserError: the folder is not empty or cannot be written.
+      TypeError: `params` holds something other than arrays.
+    """
+    source = getattr(model, "checkpoint", None)
+    outputs = _outputs(model, params, source)
+    config = dict(source.config) if source else family(model.config).to_hf(model.config)
+    dtypes = {str(output.dtype) for output in outputs}
+    config["dtype"] = "bfloat16" if "bfloat16" in dtypes else "float32"
+    config.pop("torch_dtype", None)  # its older name
+    with new_folder(pathlib.Path(directory)) as folder:
+        write_json(folder / "config.json", config)
+        write_json(folder / "generation_config.json", source.generation_config if source else {})
+        if source:
+            source.save_tokenizer(folder)
+        write_folder(folder, outputs, shard_bytes)
+
+
+def _outputs(model: Model, params: Params, source: Checkpoint | None) -> list[Output]:
+    names = set(source.shapes) if source else None
+    extract = jax.jit(_extract, static_argnames="layout")
+    outputs = []
+    for tensor in tensors_of(model.config, names):
+        param = leaf(params, tensor.path)
+        if not isinstance(param, jax.Array | np.ndarray):
+            raise TypeError(f"{'.'.join(tensor.path)} is a {type(param).__name__}, not an array")
+        index = np.array(tensor.index, np.int32)
+        get = functools.partial(_get, extract, param, index, tensor.layout)
+        outputs.append(
+            Output(tensor.name, np.dtype(param.dtype), tensor.stored_shape(param.shape), get)
+        )
+    if isinstance(source, FolderCheckpoint):
+        outputs += [
+            Output(name, source.dtype(name), source.shapes[name], read)
+            for name, read in source.carried().items()
+        ]
+    return outputs
+
+
+def _get(extract, param, index, layout) -> np.ndarray:
+    return np.asarray(extract(param, index, layout=layout))
+
+
+@contextlib.contextmanager
+def new_folder(directory: pathlib.Path) -> Iterator[pathlib.Path]:
+    """A folder to write into, which becomes `directory` at the end, or vanishes after an error.
+
+    Raises:
+      UserError: `directory` holds something already, or cannot be written.
+    """
+    directory = directory.absolute()
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        raise UserError(f"{directory} exists and is not empty; choose another folder")
+    partial = directory.with_name(f".{directory.name}.partial-{os.getpid()}")
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+        if directory.exists():
+            directory.rmdir()
+        partial.rename(directory)
+    except OSError as error:
+        raise UserError(f"{directory} cannot be written: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
