@@ -1,4 +1,4 @@
-"""The command line: `ais-jax train CONFIG [key=value ...]`."""
+"""The command line: train, report, generate, convert."""
 
 from __future__ import annotations
 
@@ -20,6 +20,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_train(commands)
     _add_report(commands)
+    _add_generate(commands)
+    _add_convert(commands)
     args = parser.parse_args(argv)
     # transformers and jax chatter on standard error at import; a person's error must stand alone.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -69,17 +71,23 @@ class _TrainHelp(argparse.Action):
 
 
 def _train(args) -> int:
-    import jax
-
     from ais_jax import config as config_lib
-    from ais_jax.train.run import cache_directory, train
+    from ais_jax.train.run import train
 
     config = config_lib.load(args.config, args.overrides)
-    # A second run starts without compiling, unless JAX is told another place.
-    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        jax.config.update("jax_compilation_cache_dir", str(cache_directory() / "xla"))
+    _keep_compiled()
     train(config, name=pathlib.Path(args.config).stem)
     return 0
+
+
+def _keep_compiled() -> None:
+    """A second run starts without compiling, unless JAX is told another place."""
+    import jax
+
+    from ais_jax.train.run import cache_directory
+
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        jax.config.update("jax_compilation_cache_dir", str(cache_directory() / "xla"))
 
 
 def _add_report(commands) -> None:
@@ -94,4 +102,86 @@ def _report(args) -> int:
     from ais_jax import report
 
     print(report.curves(args.run_dir))
+    return 0
+
+
+_MODEL = "a checkpoint folder in Hugging Face format, a GGUF file, or the folder of a run"
+
+
+def _add_generate(commands) -> None:
+    generate = commands.add_parser(
+        "generate", help="complete a prompt", description="Shows what a model writes."
+    )
+    add = generate.add_argument
+    add("model", help=_MODEL)
+    add("prompt", help="a user's turn, where the model has a chat template")
+    add("--system", metavar="TEXT", help="system message")
+    add("--thinking", choices=("on", "off"), help="enable_thinking of the chat template")
+    add("--raw", action="store_true", help="continue the prompt as it is, without a template")
+    add("--recipe", default="none", help="quantization, such as fp8 or int8 (default none)")
+    add("--max-new-tokens", type=int, default=256, metavar="N", help="default 256")
+    add("--temperature", type=float, default=0.0, metavar="T", help="default 0, greedy")
+    add("--samples", type=int, default=1, metavar="N", help="completions, default 1")
+    add("--seed", type=int, default=0, metavar="N", help="default 0")
+    add("--block", type=int, default=32, metavar="N", help="diffusion: block length, default 32")
+    add("--steps", type=int, default=32, metavar="N", help="diffusion: forwards a block")
+    add(
+        "--dtype",
+        choices=("bfloat16", "float32"),
+        help="of parameters and activations; default float32 on a CPU, bfloat16 elsewhere",
+    )
+    generate.set_defaults(run=_generate)
+
+
+def _generate(args) -> int:
+    import jax
+
+    from ais_jax import generate, policies
+
+    options = generate.Options(
+        max_new_tokens=args.max_new_tokens,
+        temperature=args.temperature,
+        recipe=args.recipe,
+        seed=args.seed,
+        samples=args.samples,
+        block=args.block,
+        steps=args.steps,
+    )
+    dtype = args.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
+    policy = policies.load_policy(args.model, dtype)
+    tokenizer = policies.need_tokenizer(policy, args.model)
+    thinking = None if args.thinking is None else args.thinking == "on"
+    ids = generate.prompt_ids(tokenizer, args.prompt, args.system, thinking, args.raw)
+    _keep_compiled()
+    result = generate.generate(policy.structure, policy.params, tokenizer, ids, options)
+    for text in result.texts:
+        print(text, flush=True)
+    rate = result.tokens / result.seconds
+    print(f"{result.tokens} tokens, {rate:.1f} tokens/s", file=sys.stderr)
+    return 0
+
+
+def _add_convert(commands) -> None:
+    convert = commands.add_parser(
+        "convert",
+        help="write a model in another format",
+        description="Writes a checkpoint, a GGUF file or what a run has trained as a new folder.",
+    )
+    add = convert.add_argument
+    add("model", help=_MODEL)
+    add("target", help="a folder that is absent or empty")
+    add(
+        "--to",
+        choices=("hf", "orbax", "adapter"),
+        default="hf",
+        help="hf: for transformers and vLLM (default); orbax: for pods; adapter: a run's, for peft",
+    )
+    add("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="default bfloat16")
+    convert.set_defaults(run=_convert)
+
+
+def _convert(args) -> int:
+    from ais_jax.convert import convert
+
+    print(convert(args.model, args.target, args.to, args.dtype))
     return 0

@@ -70,6 +70,9 @@ class TaskConfig:
     enable_thinking: bool | None = setting(
         None, "argument of the chat template; null leaves it to the template"
     )
+    system: str | None = setting(
+        None, "system message of the chat template; null leaves it to the template"
+    )
     eval_file: str | None = setting(
         None, "file of further problems to evaluate on at the end; skipped where it does not exist"
     )

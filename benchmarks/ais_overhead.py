@@ -60,7 +60,9 @@ def measure(path: str, repeats: int) -> dict[str, float]:
             calibration, measured = run.programs.measure(state.calibration, batch)
             state = state._replace(calibration=calibration)
             coefficient = measured.coefficient
-        state, metrics = run.programs.update(state, run.frozen, batch, jax.numpy.float32(coefficient))
+        state, metrics = run.programs.update(
+            state, run.frozen, batch, jax.numpy.float32(coefficient)
+        )
         jax.block_until_ready((state, metrics))
         return state, time.perf_counter() - began
 

@@ -14,6 +14,7 @@ from ais_jax.models.pretrained import (
     PretrainedModel,
     from_pretrained,
     load_params,
+    save_orbax,
     save_pretrained,
     shardings_of,
 )
@@ -31,6 +32,7 @@ __all__ = [
     "from_pretrained",
     "load_params",
     "positions_of",
+    "save_orbax",
     "save_pretrained",
     "shardings_of",
 ]

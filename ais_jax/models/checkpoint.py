@@ -9,11 +9,14 @@ import tempfile
 from collections.abc import Callable
 from typing import Any, Protocol
 
+import jax
 import numpy as np
+import orbax.checkpoint as ocp
+from flax.traverse_util import flatten_dict
 
 from ais_jax.errors import UserError
 from ais_jax.models import naming
-from ais_jax.models.model import FAMILIES, Model, ModelConfig, build, family
+from ais_jax.models.model import FAMILIES, Model, ModelConfig, Params, build, family
 from ais_jax.models.safetensors_io import read_json, scan_folder, write_json
 from ais_jax.models.tokenizers import TextTokenizer, load_tokenizer, tokenizer_files
 
@@ -22,6 +25,7 @@ _CARRIED = re.compile(r"(model\.)?(visual|mtp)\.")
 # Left over from older libraries, or a copy of the embedding in a model that ties the two.
 _DROPPED = re.compile(r"lm_head\.weight$|.*rotary_emb\.inv_freq$")
 _OWN = re.compile(r"(model|lm_head)\.")
+ORBAX_PARAMS = "params"
 _FLOATS = ("float32", "bfloat16", "float16", "float64")
 
 
@@ -39,12 +43,14 @@ class Checkpoint(Protocol):
         """Writes the tokenizer's files, if there are any."""
 
 
-class FolderCheckpoint:
-    """A Hugging Face folder: config.json and safetensors, perhaps a tokenizer.
+class Folder:
+    """config.json and, if they are there, generation_config.json and a tokenizer's files.
 
     Raises:
-      UserError: a file is missing or damaged, or the tensors are quantized.
+      UserError: a file is missing or damaged, or the weights are quantized.
     """
+
+    shapes: dict[str, tuple[int, ...]]
 
     def __init__(self, directory: pathlib.Path):
         self.directory = directory
@@ -56,12 +62,25 @@ class FolderCheckpoint:
             )
         generation = directory / "generation_config.json"
         self.generation_config = read_json(generation) if generation.exists() else {}
+        self.shapes = {}
+
+    def save_tokenizer(self, directory: pathlib.Path) -> None:
+        """Copies the tokenizer's files, if there are any."""
+        for file in tokenizer_files(self.directory):
+            shutil.copyfile(file, directory / file.name)
+
+
+class FolderCheckpoint(Folder):
+    """A Hugging Face folder of safetensors.
+
+    Raises:
+      UserError: a file is missing or damaged, or the weights are quantized.
+    """
+
+    def __init__(self, directory: pathlib.Path):
+        super().__init__(directory)
         self._entries = scan_folder(directory)
         self.shapes = {name: entry.shape for name, entry in self._entries.items()}
-
-    def where(self, name: str) -> pathlib.Path:
-        """The file that holds a tensor."""
-        return self._entries[name].file
 
     def read(self, name: str) -> np.ndarray:
         """A tensor, in its stored dtype."""
@@ -76,12 +95,55 @@ class FolderCheckpoint:
 
     def carried(self) -> dict[str, Callable[[], np.ndarray]]:
         """Tensors of parts that are not computed here, by name."""
-        return {name: entry.read for name, entry in self._entries.items() if _CARRIED.match(name)}
+        return {k: entry.read for k, entry in self._entries.items() if _CARRIED.match(k)}
 
-    def save_tokenizer(self, directory: pathlib.Path) -> None:
-        """Copies the tokenizer's files, if there are any."""
-        for file in tokenizer_files(self.directory):
-            shutil.copyfile(file, directory / file.name)
+
+class OrbaxCheckpoint(Folder):
+    """A folder whose parameters are kept by Orbax, as they are in memory.
+
+    Each host reads only what it will hold, which suits pods.
+    """
+
+    def read(self, name: str) -> np.ndarray:
+        """Not used: `restore` reads everything at once."""
+        raise NotImplementedError
+
+    def restore(self, model: Model, shardings: Any, dtype: str) -> Params:
+        """The parameters, in `shardings` and `dtype`; what is exact keeps its stored dtype.
+
+        Raises:
+          UserError: they are damaged, or others than the model's.
+        """
+        path = (self.directory / ORBAX_PARAMS).absolute()
+        with ocp.StandardCheckpointer() as checkpointer:
+            try:
+                stored = checkpointer.metadata(path).item_metadata.tree
+            except (OSError, ValueError, KeyError, AttributeError) as error:
+                raise UserError(f"{path} is damaged: {error}") from None
+            _check_stored(stored, model, path)
+
+            def target(keys, x, sharding):
+                kept = x.dtype if is_exact(model, keys[-1].key, dtype) else np.dtype(dtype)
+                return jax.ShapeDtypeStruct(x.shape, kept, sharding=sharding)
+
+            return checkpointer.restore(
+                path, jax.tree_util.tree_map_with_path(target, stored, shardings)
+            )
+
+
+def _check_stored(stored: Params, model: Model, path: pathlib.Path) -> None:
+    found, expected = flatten_dict(stored), flatten_dict(model.abstract_params())
+    for key in [*expected, *found]:
+        a, b = (list(x[key].shape) if key in x else "absent" for x in (found, expected))
+        if a != b:
+            raise UserError(
+                f"{path}: {'.'.join(key)} is {a}, but the sizes in config.json make it {b}"
+            )
+
+
+def is_exact(model: Model, name: str, dtype: str) -> bool:
+    """Whether a parameter keeps its stored dtype when a model is loaded in `dtype`."""
+    return dtype != "float32" and name in getattr(family(model.config), "STORED_DTYPE", ())
 
 
 def open_checkpoint(path: str | pathlib.Path) -> Checkpoint:
@@ -92,7 +154,7 @@ def open_checkpoint(path: str | pathlib.Path) -> Checkpoint:
     """
     path = pathlib.Path(path)
     if path.is_dir():
-        return FolderCheckpoint(path)
+        return (OrbaxCheckpoint if (path / ORBAX_PARAMS).is_dir() else FolderCheckpoint)(path)
     if not path.exists():
         raise UserError(f"{path}: no such folder or file; give a checkpoint folder or a .gguf file")
     if path.suffix != ".gguf":
@@ -175,6 +237,8 @@ def open_model(
     """
     checkpoint = open_checkpoint(path)
     model = build(config_of(checkpoint.config, str(path)), dtype, remat)
+    if isinstance(checkpoint, OrbaxCheckpoint):
+        return checkpoint, model, []
     return checkpoint, model, check_tensors(checkpoint, model, str(path))
 
 
@@ -184,7 +248,7 @@ def tokenizer_of(checkpoint: Checkpoint) -> TextTokenizer:
     Raises:
       UserError: it carries none, or a damaged one.
     """
-    if isinstance(checkpoint, FolderCheckpoint):
+    if isinstance(checkpoint, Folder):
         return load_tokenizer(checkpoint.directory)
     with tempfile.TemporaryDirectory() as name:
         folder = pathlib.Path(name)

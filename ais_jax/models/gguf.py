@@ -168,36 +168,55 @@ def _config(metadata: Mapping[str, Any], stored: Mapping[str, Any]) -> dict[str,
         raise UserError("tensor token_embd.weight is missing or no matrix; download the file again")
 
     def size(key: str, default: int | None = None) -> int:
-        value = metadata.get(f"{arch}.{key}", default)
-        if type(value) is not int or value < 1:
-            raise UserError(f"{arch}.{key} is {value!r}, not one whole number above 0")
-        return value
+        return _size(metadata, f"{arch}.{key}", default)
 
     heads = size("attention.head_count")
-    head_dim = size("attention.key_length", size("embedding_length") // heads)
-    for key in ("attention.value_length", "rope.dimension_count"):
-        if size(key, head_dim) != head_dim:
-            raise UserError(f"{arch}.{key}={size(key)} is not supported; only {head_dim} is")
-    config = {
+    layers = size("block_count")
+    if layers > len(stored):
+        raise UserError(
+            f"{arch}.block_count={layers}, but there are only {len(stored)} tensors; "
+            "download the file again"
+        )
+    _check_rope(metadata, stored, arch)
+    special = _special_ids(metadata, int(embedding.shape[-1]))
+    return {
         "architectures": [ARCHITECTURES[arch]],
         "model_type": arch,
         "vocab_size": int(embedding.shape[-1]),
         "hidden_size": size("embedding_length"),
         "intermediate_size": size("feed_forward_length"),
-        "num_hidden_layers": size("block_count"),
+        "num_hidden_layers": layers,
         "num_attention_heads": heads,
         "num_key_value_heads": size("attention.head_count_kv", heads),
-        "head_dim": head_dim,
+        "head_dim": _head_dim(metadata, arch),
         "max_position_embeddings": size("context_length"),
         "rope_theta": _real(metadata, f"{arch}.rope.freq_base", 10000.0),
         "rms_norm_eps": _real(metadata, f"{arch}.attention.layer_norm_rms_epsilon"),
         "hidden_act": "silu",
         "attention_bias": False,
         "tie_word_embeddings": "output.weight" not in stored,
+        **{f"{name}_token_id": special[name] for name in _NAMED if name in special},
     }
-    _check_rope(metadata, stored, arch)
-    special = _special_ids(metadata, config["vocab_size"])
-    return config | {f"{name}_token_id": special[name] for name in _NAMED if name in special}
+
+
+def _size(metadata: Mapping[str, Any], key: str, default: int | None = None) -> int:
+    value = metadata.get(key, default)
+    if type(value) is not int or value < 1:
+        raise UserError(f"{key} is {value!r}, not one whole number above 0")
+    return value
+
+
+def _head_dim(metadata: Mapping[str, Any], arch: str) -> int:
+    """Size of a head, which queries, keys, values and rotary positions share."""
+    hidden = _size(metadata, f"{arch}.embedding_length")
+    default = hidden // _size(metadata, f"{arch}.attention.head_count")
+    dim = _size(metadata, f"{arch}.attention.key_length", default)
+    if dim % 2:
+        raise UserError(f"{arch}.attention.key_length={dim} is odd: no rotary pairs")
+    for key in (f"{arch}.attention.value_length", f"{arch}.rope.dimension_count"):
+        if (value := _size(metadata, key, dim)) != dim:
+            raise UserError(f"{key}={value} is not supported; only {dim} is")
+    return dim
 
 
 def _real(metadata: Mapping[str, Any], key: str, default: float | None = None) -> float:

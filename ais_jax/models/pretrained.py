@@ -14,13 +14,23 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 from flax.traverse_util import unflatten_dict
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
 from ais_jax import mesh as mesh_lib
 from ais_jax.errors import UserError
 from ais_jax.models import naming
-from ais_jax.models.checkpoint import Checkpoint, FolderCheckpoint, leaf, open_model, tensors_of
+from ais_jax.models.checkpoint import (
+    ORBAX_PARAMS,
+    Checkpoint,
+    FolderCheckpoint,
+    OrbaxCheckpoint,
+    is_exact,
+    leaf,
+    open_model,
+    tensors_of,
+)
 from ais_jax.models.model import Model, Params, family
 from ais_jax.models.safetensors_io import Output, write_folder, write_json
 
@@ -85,6 +95,8 @@ def load_params(
 
     A parameter that stacks layers is created once, and each layer is written into it in place.
     """
+    if isinstance(checkpoint, OrbaxCheckpoint):
+        return checkpoint.restore(model, shardings, dtype)
     shapes = model.abstract_params()
     parts: dict[naming.Path, list[naming.Tensor]] = {}
     for tensor in tensors:
@@ -93,10 +105,9 @@ def load_params(
     def weight(path):  # the largest tensors come first, while there is room for their copies
         return -leaf(shapes, path).size / len(parts[path])
 
-    kept = getattr(family(model.config), "STORED_DTYPE", ())
     flat = {}
     for path in sorted(parts, key=weight):
-        as_stored = path[-1] in kept and dtype != "float32"
+        as_stored = is_exact(model, path[-1], dtype)
         place = functools.partial(_load_leaf, checkpoint, parts[path], leaf(shapes, path).shape)
         flat[path] = place(leaf(shardings, path), None if as_stored else jnp.dtype(dtype))
     return unflatten_dict(flat)
@@ -189,16 +200,36 @@ def save_pretrained(
     """
     source = getattr(model, "checkpoint", None)
     outputs = _outputs(model, params, source)
+    with new_folder(pathlib.Path(directory)) as folder:
+        _write_descriptions(model, params, source, folder)
+        write_folder(folder, outputs, shard_bytes)
+
+
+def save_orbax(model: Model, params: Params, directory: str | os.PathLike) -> None:
+    """The same with parameters kept by Orbax, which `from_pretrained` reads as well.
+
+    Each host writes what it holds. Parts that are not computed here are left behind.
+
+    Raises:
+      UserError: the folder is not empty or cannot be written.
+    """
+    with new_folder(pathlib.Path(directory)) as folder:
+        _write_descriptions(model, params, getattr(model, "checkpoint", None), folder)
+        with ocp.StandardCheckpointer() as checkpointer:
+            checkpointer.save(folder.absolute() / ORBAX_PARAMS, params)
+
+
+def _write_descriptions(
+    model: Model, params: Params, source: Checkpoint | None, folder: pathlib.Path
+) -> None:
     config = dict(source.config) if source else family(model.config).to_hf(model.config)
-    dtypes = {str(output.dtype) for output in outputs}
+    dtypes = {str(x.dtype) for x in jax.tree.leaves(params)}
     config["dtype"] = "bfloat16" if "bfloat16" in dtypes else "float32"
     config.pop("torch_dtype", None)  # its older name
-    with new_folder(pathlib.Path(directory)) as folder:
-        write_json(folder / "config.json", config)
-        write_json(folder / "generation_config.json", source.generation_config if source else {})
-        if source:
-            source.save_tokenizer(folder)
-        write_folder(folder, outputs, shard_bytes)
+    write_json(folder / "config.json", config)
+    write_json(folder / "generation_config.json", source.generation_config if source else {})
+    if source:
+        source.save_tokenizer(folder)
 
 
 def _outputs(model: Model, params: Params, source: Checkpoint | None) -> list[Output]:

@@ -25,6 +25,7 @@ class Prompter:
       style: how the task puts its problems, "compact" or "instruct".
       chat: whether the problem is a user's turn in the tokenizer's chat template.
       enable_thinking: argument of the template; None leaves it out.
+      system: system message; None leaves it to the template.
     """
 
     task: ModuleType
@@ -34,13 +35,15 @@ class Prompter:
     style: str = "compact"
     chat: bool = False
     enable_thinking: bool | None = None
+    system: str | None = None
 
     def prompt_ids(self, example: dict) -> list[int]:
         """Ids of one prompt."""
         text = self.task.prompt(example, self.style)
         if not self.chat:
             return self.tokenizer.encode(text)
-        turns = [{"role": "user", "content": text}]
+        turns = [] if self.system is None else [{"role": "system", "content": self.system}]
+        turns.append({"role": "user", "content": text})
         return self.tokenizer.chat(turns, self.enable_thinking)  # type: ignore[attr-defined]
 
     def fitting(self, examples: Sequence[dict]) -> Prompter:

@@ -72,7 +72,7 @@ def check(checkpoints: ocp.CheckpointManager, like: TrainState) -> dict | None:
     return meta
 
 
-def _shapes(state: TrainState) -> dict[str, list[int]]:
+def _shapes(state: TrainState | Params) -> dict[str, list[int]]:
     leaves = jax.tree_util.tree_leaves_with_path(state)
     return {jax.tree_util.keystr(path): list(leaf.shape) for path, leaf in leaves}
 
@@ -85,6 +85,33 @@ def _check_shapes(stored: dict, expected: dict, path) -> None:
                 f"{stored.get(name, 'absent')} there and {expected.get(name, 'absent')} here; use "
                 "the config it was made with, or another output_dir"
             )
+
+
+def load_trained(directory: pathlib.Path, like: Params) -> Params:
+    """What the newest checkpoint of a run has trained, without the optimizer's state.
+
+    Args:
+      directory: the run's checkpoints.
+      like: shapes, dtypes and shardings.
+
+    Raises:
+      UserError: there is no checkpoint, or it does not fit.
+    """
+    with ocp.CheckpointManager(directory.absolute()) as checkpoints:
+        step = checkpoints.latest_step()
+        if step is None:
+            raise UserError(f"{directory} holds no finished checkpoint")
+        meta = checkpoints.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
+        item = {"params": like}
+        expected = {f".params{k}": v for k, v in _shapes(like).items()}
+        stored = {k: v for k, v in meta["shapes"].items() if k.startswith(".params")}
+        _check_shapes(stored, expected, checkpoints.directory / str(step))
+        restore = ocp.args.PyTreeRestore(
+            item=item,
+            restore_args=ocp.checkpoint_utils.construct_restore_args(item),
+            partial_restore=True,
+        )
+        return checkpoints.restore(step, args=ocp.args.Composite(state=restore)).state["params"]
 
 
 def exists(path: pathlib.Path) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -38,6 +39,7 @@ class Programs:
     """
 
     mesh: jax.sharding.Mesh
+    trainable_shardings: Any
 
     init_trainable: Callable
     init_base: Callable
@@ -83,6 +85,7 @@ def build_programs(
     )
     return Programs(
         mesh=mesh,
+        trainable_shardings=shardings.params,
         init_trainable=jax.jit(policy.init_trainable, out_shardings=shardings.params),
         init_base=jax.jit(model.init, out_shardings=base_shardings),
         hold=jax.jit(policy.hold, donate_argnums=0),

@@ -14,7 +14,7 @@ from ais_jax import mesh as mesh_lib
 from ais_jax import models, tasks
 from ais_jax.config import Config
 from ais_jax.errors import UserError
-from ais_jax.models import Model, Params
+from ais_jax.models import Model, Params, PretrainedModel
 from ais_jax.models.checkpoint import Checkpoint, open_model, tokenizer_of
 from ais_jax.models.naming import Tensor
 from ais_jax.models.tokenizers import CharTokenizer, TextTokenizer, Tokenizer
@@ -29,6 +29,10 @@ class Source(NamedTuple):
 
     checkpoint: Checkpoint
     tensors: list[Tensor]
+
+    def pretrained(self, model: Model) -> PretrainedModel:
+        """`model`, knowing where it comes from, as `save_pretrained` wants it."""
+        return PretrainedModel(model.config, model.dtype, model.remat, {}, self.checkpoint)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,6 +130,7 @@ def _prompter(config: Config, task, tokenizer: Tokenizer) -> Prompter:
         style=style,
         chat=template and style == "instruct",
         enable_thinking=config.task.enable_thinking,
+        system=config.task.system,
     )
 
 

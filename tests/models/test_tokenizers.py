@@ -22,7 +22,7 @@ from ais_jax.models.tokenizers import (
 
 TOKENIZER = CharTokenizer("0123+-*= ")
 # Alphabets with white space of all kinds, accents apart from their letters, and special names.
-ODD_ALPHABET = "01+ \t\n\r\u00a0\u2028e\u0301字🤖<|pad|>!end#\\"
+ODD_ALPHABET = "01+ \t\n\r\u00a0\u2028e\u0301字🤖<|pad|>!end#\\.,?"
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 THINK = ["<think>", "</think>"]
@@ -95,7 +95,9 @@ def test_a_saved_char_tokenizer_is_the_same(tmp_path, alphabet, model_type):
     others = AutoTokenizer.from_pretrained(str(tmp_path))
     rng = random.Random(0)
     texts = ["".join(rng.choices(alphabet, k=rng.randrange(12))) for _ in range(50)]
-    for text in [*texts, alphabet, f"  {alphabet[:2]}  ", "<|pad|>" if "|" in alphabet else ""]:
+    texts += [alphabet, f"  {alphabet[:2]}  "]
+    texts += ["<|pad|>", "a , d . ?"] if "|" in alphabet else []
+    for text in texts:
         ids = chars.encode(text)
         assert loaded.encode(text) == ids
         assert others.encode(text) == ids

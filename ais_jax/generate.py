@@ -1,0 +1,136 @@
+"""Text from a prompt, by any model: what `ais-jax generate` shows."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import time
+
+import jax
+import numpy as np
+
+from ais_jax import quantize
+from ais_jax.errors import UserError
+from ais_jax.models import LladaConfig, Model, Params
+from ais_jax.models.tokenizers import TextTokenizer, Tokenizer
+from ais_jax.sampling import SamplingConfig, autoregressive, diffusion
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """How to generate.
+
+    Attributes:
+      max_new_tokens: completions are cut at this length.
+      temperature: 0 is greedy.
+      recipe: quantization, a name in `quantize.RECIPES`.
+      seed: of the noise.
+      samples: completions of the prompt.
+      block: of diffusion models, positions filled before the next are begun.
+      steps: of diffusion models, forwards a block.
+    """
+
+    max_new_tokens: int = 256
+    temperature: float = 0.0
+    recipe: str = "none"
+    seed: int = 0
+    samples: int = 1
+    block: int = 32
+    steps: int = 32
+
+    def __post_init__(self):
+        for name in ("max_new_tokens", "samples", "block", "steps"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.temperature < 0:
+            raise UserError(f"temperature={self.temperature} must be at least 0")
+
+
+@dataclasses.dataclass(frozen=True)
+class Generated:
+    """What came out."""
+
+    texts: list[str]
+    tokens: int  # sampled, of all completions
+    seconds: float  # compilation not included
+
+
+def prompt_ids(
+    tokenizer: Tokenizer, text: str, system: str | None, thinking: bool | None, raw: bool
+) -> list[int]:
+    """Ids of a prompt: a user's turn where the tokenizer has a chat template, unless `raw`.
+
+    Raises:
+      UserError: an option of the template is given, but there is none.
+    """
+    if not raw and isinstance(tokenizer, TextTokenizer) and tokenizer.has_chat_template:
+        turns = [{"role": "system", "content": system}] if system else []
+        return tokenizer.chat([*turns, {"role": "user", "content": text}], thinking)
+    if system is not None or thinking is not None:
+        raise UserError("--system and --thinking need a chat template, and are not for --raw")
+    return tokenizer.encode(text)
+
+
+def generate(
+    model: Model, params: Params, tokenizer: Tokenizer, ids: list[int], options: Options
+) -> Generated:
+    """Completes a prompt.
+
+    Args:
+      model: structure.
+      params: not quantized.
+      tokenizer: the model's.
+      ids: the prompt, not empty.
+      options: how.
+
+    Raises:
+      UserError: the prompt is empty, or the options do not fit the model.
+    """
+    if not ids:
+        raise UserError("the prompt is empty")
+    copy = jax.jit(lambda p: quantize.prepare(quantize.quantize(p, options.recipe, model.dtype)))(
+        params
+    )
+    prompts = np.tile(np.array(ids, np.int32), (options.samples, 1))
+    keys = jax.random.split(jax.random.key(options.seed), options.samples)
+    if isinstance(model.config, LladaConfig):
+        program = jax.jit(functools.partial(_diffuse, model, tokenizer, options))
+    else:
+        program = jax.jit(functools.partial(_continue, model, tokenizer, options))
+    compiled = program.lower(copy, prompts, keys).compile()
+    began = time.perf_counter()
+    tokens, mask = (np.asarray(x) for x in compiled(copy, prompts, keys))
+    seconds = time.perf_counter() - began
+    texts = [tokenizer.decode(row[kept]) for row, kept in zip(tokens, mask, strict=True)]
+    return Generated(texts, int(mask.sum()), seconds)
+
+
+def _continue(model, tokenizer, options, params, prompts, keys):
+    sampling = SamplingConfig(
+        options.max_new_tokens,
+        options.temperature,
+        tokenizer.pad_id,
+        tokenizer.eos_ids,
+        tokenizer.size,
+    )
+    mask = jax.numpy.ones(prompts.shape, bool)
+    rollout = autoregressive.rollout(model, params, prompts, mask, keys, sampling)
+    return rollout.tokens, rollout.mask
+
+
+def _diffuse(model, tokenizer, options, params, prompts, keys):
+    block = min(options.block, options.max_new_tokens)
+    try:
+        config = diffusion.DiffusionConfig(
+            max_new_tokens=options.max_new_tokens,
+            block=block,
+            steps=min(options.steps, block),
+            temperature=options.temperature,
+            mask_id=model.config.mask_token_id,
+            token_count=tokenizer.size,
+        )
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    mask = jax.numpy.ones(prompts.shape, bool)
+    tokens = diffusion.generate(model, params, prompts, mask, keys, config)
+    return tokens, jax.numpy.ones(tokens.shape, bool)
