@@ -25,7 +25,10 @@ import numpy as np
 from ais_jax.errors import UserError
 
 FORMATS = ("float8_e4m3fn", "float8_e5m2", "float4_e2m1fn", "int8", "int4")
-LINEAR_NAMES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+LINEAR_NAMES = (
+    *("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+    *("in_proj_qkv", "in_proj_z", "out_proj"),  # of linear attention; its decays and gates are not
+)
 
 # Parts of the names of what is small and used in float32 somewhere. Trainer and sampler must not
 # round these differently.

@@ -19,6 +19,7 @@ from ais_jax.models.pretrained import (
     shardings_of,
 )
 from ais_jax.models.qwen3 import Qwen3Config
+from ais_jax.models.qwen3_5 import Qwen3_5Config
 
 __all__ = [
     "KVCache",
@@ -28,6 +29,7 @@ __all__ = [
     "Params",
     "PretrainedModel",
     "Qwen3Config",
+    "Qwen3_5Config",
     "build",
     "from_pretrained",
     "load_params",

@@ -47,6 +47,13 @@ def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
     return normed.astype(x.dtype) * weight.astype(x.dtype)
 
 
+def rms_norm_zero_centred(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
+    """x / rms(x) * (1 + weight) over the last axis, in float32; cast back at the end."""
+    x32 = x.astype(jnp.float32)
+    normed = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
+    return (normed * (1 + weight.astype(jnp.float32))).astype(x.dtype)
+
+
 def rotary_angles(positions: jax.Array, head_dim: int, theta: float) -> tuple[jax.Array, jax.Array]:
     """(cos, sin), each [B, T, 1, h / 2] float32, of positions [B, T]."""
     inverse = theta ** -(jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
@@ -146,6 +153,18 @@ class LanguageModel(nnx.Module):
         else:
             weights = self.lm_head.get_value()
         return jnp.matmul(hidden, weights.astype(hidden.dtype), preferred_element_type=jnp.float32)
+
+
+def call_block(
+    block: nnx.Module, call: Callable, x: jax.Array, cache: Any, remat: bool
+) -> tuple[jax.Array, Any]:
+    """call(block, x, cache), recomputed in the backward pass if `remat`."""
+    graphdef, params = nnx.split(block)
+
+    def run(params, x, cache):
+        return call(nnx.merge(graphdef, params), x, cache)
+
+    return (jax.checkpoint(run) if remat else run)(params, x, cache)
 
 
 def scan_blocks(

@@ -12,14 +12,15 @@ import jax.numpy as jnp
 from flax import nnx
 from flax.traverse_util import unflatten_dict
 
-from ais_jax.models import llada, qwen3
+from ais_jax.models import llada, qwen3, qwen3_5
 
 Params = dict[str, Any]
-ModelConfig = qwen3.Qwen3Config | llada.LladaConfig
+ModelConfig = qwen3.Qwen3Config | qwen3_5.Qwen3_5Config | llada.LladaConfig
 
 # One module an architecture: Network, empty_cache, MODEL_TYPES, MODULES, from_hf, to_hf, tensors.
 _FAMILIES: dict[type, ModuleType] = {
     qwen3.Qwen3Config: qwen3,
+    qwen3_5.Qwen3_5Config: qwen3_5,
     llada.LladaConfig: llada,
 }
 FAMILIES = tuple(_FAMILIES.values())
