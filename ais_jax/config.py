@@ -14,7 +14,7 @@ from ais_jax import settings
 from ais_jax.ais_config import AISConfig
 from ais_jax.lora import LoraConfig
 from ais_jax.mesh import MeshConfig
-from ais_jax.models import LladaConfig, ModelConfig, Qwen3Config
+from ais_jax.models import LladaConfig, ModelConfig, Qwen3_5Config, Qwen3Config
 from ais_jax.models.published import PUBLISHED
 from ais_jax.quantize import RECIPES
 from ais_jax.settings import at_least, setting
@@ -32,9 +32,12 @@ class PolicyConfig:
         None, "sizes of a published model, with random parameters", choices=tuple(PUBLISHED)
     )
     family: str = setting(
-        "qwen3", "the section whose sizes are taken otherwise", choices=("qwen3", "llada")
+        "qwen3",
+        "the section whose sizes are taken otherwise",
+        choices=("qwen3", "qwen3_5", "llada"),
     )
     qwen3: Qwen3Config = setting(doc="sizes of a Qwen3 model", default_factory=Qwen3Config)
+    qwen3_5: Qwen3_5Config = setting(doc="sizes of a Qwen3.5 model", default_factory=Qwen3_5Config)
     llada: LladaConfig = setting(doc="sizes of a LLaDA model", default_factory=LladaConfig)
     lora: LoraConfig | None = setting(None, "train adapters instead of the whole model")
 

@@ -132,7 +132,7 @@ def test_targets_are_published_names():
         LladaConfig(vocab_size=9, d_model=8, mlp_hidden_size=8, n_layers=1, n_heads=1, n_kv_heads=1)
     )
     assert adapted(llada, "attn_out", "ff_out", "ff_proj") == {"o_proj", "down_proj", "gate_proj"}
-    with pytest.raises(UserError, match="'o_proj' is no linear .* did you mean 'v_proj'"):
+    with pytest.raises(UserError, match=r"'o_proj' is no linear .* did you mean 'v_proj'"):
         adapted(llada, "o_proj")
 
 

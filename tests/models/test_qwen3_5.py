@@ -1,4 +1,4 @@
-"""Invariances of the hybrid architecture; test_goldens.py compares its logits with the reference."""
+"""Invariances of the hybrid architecture; test_goldens.py compares it with the reference."""
 
 import dataclasses
 
