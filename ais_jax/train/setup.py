@@ -67,8 +67,13 @@ class Examples:
     real: list[dict]  # of task.eval_file, empty where the file is absent
 
 
-def build_run(config: Config, directory: pathlib.Path) -> Run:
+def build_run(config: Config, directory: pathlib.Path, devices: list | None = None) -> Run:
     """Builds policy, mesh and programs; of a checkpoint only headers are read.
+
+    Args:
+      config: the whole run.
+      directory: where results go; not touched here.
+      devices: those of the mesh, also ones that can only be compiled for; None takes all here.
 
     Raises:
       UserError: batch, mesh and devices do not fit together, or the checkpoint cannot be used.
@@ -76,7 +81,7 @@ def build_run(config: Config, directory: pathlib.Path) -> Run:
     task = tasks.get_task(config.task.name)
     source, model, tokenizer = _open_policy(config, task)
     policy = Policy(model, _sampling(config, tokenizer), config.model.lora)
-    mesh = mesh_lib.make_mesh(config.mesh)
+    mesh = mesh_lib.make_mesh(config.mesh, devices)
     config.check_devices(mesh.shape["data"] * mesh.shape["fsdp"])
     schedule = learning_rate_schedule(config)
     updates = config.grpo.inner_epochs * config.grpo.minibatches
