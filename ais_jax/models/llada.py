@@ -16,12 +16,13 @@ from ais_jax.models import hf_config, layers, qwen3
 from ais_jax.models.layers import KVCache
 from ais_jax.models.naming import Tensor, block_tensors
 from ais_jax.models.qwen3 import Qwen3Config
-from ais_jax.settings import setting
+from ais_jax.settings import at_least, setting
 
 MODEL_TYPES = ("llada",)
 PREFIXES = ("model.transformer.",)
+STORED_DTYPE = ()
 # Modules of a block: their names in a published checkpoint, and here.
-MODULES = {
+_MODULES = {
     "attn_norm": "input_layernorm",
     "q_proj": "q_proj",
     "k_proj": "k_proj",
@@ -51,23 +52,16 @@ class LladaConfig:
     mask_token_id: int = setting(126336, "the id that stands for a token not yet chosen")
 
     def __post_init__(self):
-        if self.n_heads < 1 or self.d_model % self.n_heads:
-            raise ValueError(f"n_heads={self.n_heads} must divide d_model={self.d_model}")
-        try:
-            self.block_config()
-        except ValueError as error:
-            names = {
-                "num_key_value_heads": "n_kv_heads",
-                "num_attention_heads": "n_heads",
-                "hidden_size": "d_model",
-                "intermediate_size": "mlp_hidden_size",
-                "num_hidden_layers": "n_layers",
-                "max_position_embeddings": "max_sequence_length",
-            }
-            text = str(error)
-            for own, published in names.items():
-                text = text.replace(own, published)
-            raise ValueError(text) from None
+        at_least(self, 1, "d_model", "mlp_hidden_size", "n_layers", "n_heads", "n_kv_heads")
+        at_least(self, 1, "max_sequence_length")
+        at_least(self, 0, "vocab_size", "mask_token_id")
+        for part, whole in (("n_heads", "d_model"), ("n_kv_heads", "n_heads")):
+            if getattr(self, whole) % getattr(self, part):
+                raise ValueError(
+                    f"{part}={getattr(self, part)} must divide {whole}={getattr(self, whole)}"
+                )
+        if self.d_model // self.n_heads % 2:
+            raise ValueError(f"d_model / n_heads={self.d_model // self.n_heads} must be even")
 
     def block_config(self) -> Qwen3Config:
         """The same sizes as those of a Llama-type model."""
@@ -157,4 +151,4 @@ def tensors(config: LladaConfig, prefix: str) -> Iterator[Tensor]:
     if not config.weight_tying:
         yield Tensor(f"{prefix}ff_out.weight", ("lm_head",), (), "transposed")
     for i in range(config.n_layers):
-        yield from block_tensors(f"{prefix}blocks.{i}.", ("layers",), (i,), MODULES)
+        yield from block_tensors(f"{prefix}blocks.{i}.", ("layers",), (i,), _MODULES)

@@ -17,7 +17,14 @@ from ais_jax.models import llada, qwen3, qwen3_5
 Params = dict[str, Any]
 ModelConfig = qwen3.Qwen3Config | qwen3_5.Qwen3_5Config | llada.LladaConfig
 
-# One module an architecture: Network, empty_cache, MODEL_TYPES, MODULES, from_hf, to_hf, tensors.
+# One module an architecture, each with
+#   Network        the nnx module: hidden and unembed
+#   empty_cache    what is kept of the tokens before
+#   MODEL_TYPES    the model_type of the published configs it reads
+#   from_hf, to_hf between such a config.json and its dataclass
+#   PREFIXES       of its tensors' names; text models and multimodal ones may differ
+#   tensors        its tensors: published name, parameter, layout
+#   STORED_DTYPE   names of parameters that are never rounded to bfloat16 when read
 _FAMILIES: dict[type, ModuleType] = {
     qwen3.Qwen3Config: qwen3,
     qwen3_5.Qwen3_5Config: qwen3_5,

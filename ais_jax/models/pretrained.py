@@ -125,20 +125,21 @@ def _load_leaf(
         stored = _stored_sharding(sharding, tensor)
         return jax.make_array_from_callback(data.shape, stored, lambda index: data[index])
 
-    first = read(parts[0])
-    dtype = first.dtype if dtype is None else dtype
+    if dtype is None:
+        dtype = checkpoint.read(parts[0].name).dtype
     layout = parts[0].layout
     if parts[0].index == ():
-        return jax.jit(lambda x: _own(x, layout).astype(dtype), out_shardings=sharding)(first)
+        cast = jax.jit(lambda x: _own(x, layout).astype(dtype), out_shardings=sharding)
+        return cast(read(parts[0]))
     buffer = jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=sharding)()
     insert = jax.jit(
         functools.partial(_insert, layout=layout), donate_argnums=0, out_shardings=sharding
     )
     for tensor in parts:
-        data = first if tensor is parts[0] else read(tensor)
         # Waits, so that at most one tensor is under way.
-        buffer = jax.block_until_ready(insert(buffer, data, np.array(tensor.index, np.int32)))
-        first = data = None
+        buffer = jax.block_until_ready(
+            insert(buffer, read(tensor), np.array(tensor.index, np.int32))
+        )
     return buffer
 
 
@@ -224,8 +225,11 @@ def _write_descriptions(
 ) -> None:
     config = dict(source.config) if source else family(model.config).to_hf(model.config)
     dtypes = {str(x.dtype) for x in jax.tree.leaves(params)}
-    config["dtype"] = "bfloat16" if "bfloat16" in dtypes else "float32"
+    dtype = "bfloat16" if "bfloat16" in dtypes else "float32"
+    config["dtype"] = dtype
     config.pop("torch_dtype", None)  # its older name
+    if "text_config" in config:
+        config["text_config"] = {**config["text_config"], "dtype": dtype}
     write_json(folder / "config.json", config)
     write_json(folder / "generation_config.json", source.generation_config if source else {})
     if source:

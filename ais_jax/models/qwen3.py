@@ -21,8 +21,9 @@ from ais_jax.settings import at_least, setting
 
 MODEL_TYPES = ("qwen3", "llama")
 PREFIXES = ("model.",)
+STORED_DTYPE = ()
 # Modules of a block: their names in a published checkpoint, and here.
-MODULES = {
+_MODULES = {
     "input_layernorm": "input_layernorm",
     **{f"self_attn.{p}_proj": f"{p}_proj" for p in "qkvo"},
     "self_attn.q_norm": "q_norm",
@@ -186,6 +187,6 @@ def tensors(config: Qwen3Config, prefix: str) -> Iterator[Tensor]:
     yield Tensor(f"{prefix}norm.weight", ("norm",), (), "same")
     if not config.tie_word_embeddings:
         yield Tensor("lm_head.weight", ("lm_head",), (), "transposed")
-    names = {k: v for k, v in MODULES.items() if config.qk_norm or v not in ("q_norm", "k_norm")}
+    names = {k: v for k, v in _MODULES.items() if config.qk_norm or v not in ("q_norm", "k_norm")}
     for i in range(config.num_hidden_layers):
         yield from block_tensors(f"{prefix}layers.{i}.", ("layers",), (i,), names)
