@@ -119,13 +119,17 @@ def join(adapters: Params, base: Params, scale: float) -> Params:
     return one(adapters, base)
 
 
-def merge(params: Params) -> Params:
-    """Ordinary parameters that compute the same: each `LoraArray` becomes its float32 kernel."""
+def merge(params: Params, dtype=jnp.float32) -> Params:
+    """Ordinary parameters that compute the same.
+
+    Each `LoraArray` becomes its kernel, and so does a `QuantArray`, worked out in float32 and cast
+    to `dtype`; other leaves stay as they are.
+    """
 
     def one(x):
         if isinstance(x, LoraArray):
-            return x.merge()
-        return x.dequantize() if isinstance(x, quantize_lib.QuantArray) else x
+            return x.merge().astype(dtype)
+        return x.dequantize(dtype) if isinstance(x, quantize_lib.QuantArray) else x
 
     kinds = (LoraArray, quantize_lib.QuantArray)
     return jax.tree.map(one, params, is_leaf=lambda x: isinstance(x, kinds))

@@ -8,7 +8,6 @@ import pathlib
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from ais_jax import config as config_lib
 from ais_jax import lora
@@ -98,8 +97,7 @@ def _load_run(folder: pathlib.Path, dtype: str) -> LoadedPolicy:
         return LoadedPolicy(model, params, run.prompter.tokenizer, run)
     _, frozen = initial_params(run)
     run = dataclasses.replace(run, frozen=frozen)
-    merged = lora.merge(run.join(trained))
-    params = jax.tree.map(lambda x: jnp.asarray(x, dtype), merged)
+    params = lora.merge(run.join(trained), dtype)
     return LoadedPolicy(model, params, run.prompter.tokenizer, run, trained)
 
 
