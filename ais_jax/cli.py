@@ -28,7 +28,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return args.run(args)
     except UserError as error:
-        print(f"ais-jax: error: {error}", file=sys.stderr)
+        # What a file holds may end up in the message; it must not steer the terminal.
+        text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(error))
+        print(f"ais-jax: error: {text}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("ais-jax: interrupted", file=sys.stderr)

@@ -15,6 +15,8 @@ from ais_jax.models import LladaConfig, Model, Params
 from ais_jax.models.tokenizers import TextTokenizer, Tokenizer
 from ais_jax.sampling import SamplingConfig, autoregressive, diffusion
 
+_MOST, _HOTTEST = 1_000_000, 100
+
 
 @dataclasses.dataclass(frozen=True)
 class Options:
@@ -40,10 +42,12 @@ class Options:
 
     def __post_init__(self):
         for name in ("max_new_tokens", "samples", "block", "steps"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name}={getattr(self, name)} must be at least 1")
-        if self.temperature < 0:
-            raise UserError(f"temperature={self.temperature} must be at least 0")
+            if not 1 <= getattr(self, name) <= _MOST:
+                raise UserError(f"{name}={getattr(self, name)} must be from 1 to {_MOST}")
+        if not 0 <= self.temperature <= _HOTTEST:
+            raise UserError(f"temperature={self.temperature} must be from 0 to {_HOTTEST}")
+        if not 0 <= self.seed < 2**31:
+            raise UserError(f"seed={self.seed} must be from 0 to {2**31 - 1}")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,16 +5,17 @@ from __future__ import annotations
 import dataclasses
 import os
 import pathlib
-from typing import Any
+from typing import NamedTuple
 
 import jax
 
 from ais_jax import config as config_lib
 from ais_jax import lora
 from ais_jax.errors import UserError
-from ais_jax.models import Model, Params, from_pretrained
+from ais_jax.mesh import MeshConfig
+from ais_jax.models import Model, Params, cast_params, from_pretrained
 from ais_jax.models.checkpoint import tokenizer_of
-from ais_jax.models.tokenizers import CharTokenizer, Tokenizer, save_char_tokenizer
+from ais_jax.models.tokenizers import Tokenizer, check_ids
 from ais_jax.train import checkpoint as run_checkpoint
 from ais_jax.train.setup import Run, build_run, initial_params
 
@@ -27,14 +28,11 @@ class LoadedPolicy:
       model: structure; of a checkpoint it knows where it came from, as `save_pretrained` wants it.
       params: adapters are merged in.
       tokenizer: None where there is none.
-      run: the run that it was trained by, and `adapters` what it trained, if there are any.
     """
 
     model: Model
     params: Params
     tokenizer: Tokenizer | None
-    run: Run | None = None
-    adapters: Params | None = None
 
     @property
     def structure(self) -> Model:
@@ -42,8 +40,20 @@ class LoadedPolicy:
         return Model(self.model.config, self.model.dtype, self.model.remat)
 
 
+class TrainedRun(NamedTuple):
+    """A run's fixed parts and what its newest checkpoint has trained: parameters or adapters."""
+
+    run: Run
+    trained: Params
+    model: Model  # knows where it came from
+
+
 def load_policy(path: str | os.PathLike, dtype: str = "bfloat16") -> LoadedPolicy:
     """Reads a checkpoint folder, a GGUF file, or the newest checkpoint of a run.
+
+    Args:
+      path: where it is.
+      dtype: of parameters and activations, "bfloat16" or "float32"; see `from_pretrained`.
 
     Raises:
       UserError: nothing usable is there.
@@ -69,39 +79,41 @@ def need_tokenizer(policy: LoadedPolicy, path: str | os.PathLike) -> Tokenizer:
     """The policy's tokenizer.
 
     Raises:
-      UserError: it has none.
+      UserError: it has none, or one of another model.
     """
-    if policy.tokenizer is None:
-        checkpoint = getattr(policy.model, "checkpoint", None)
-        if checkpoint is not None:
-            return tokenizer_of(checkpoint)  # says what is wrong
-        raise UserError(f"{path} has no tokenizer")
-    return policy.tokenizer
+    tokenizer = policy.tokenizer
+    if tokenizer is None:
+        # Says what is wrong; only a checkpoint can lack one.
+        tokenizer = tokenizer_of(policy.model.checkpoint)  # type: ignore[attr-defined]
+    check_ids(tokenizer, policy.model.config.vocab_size, str(path))
+    return tokenizer
+
+
+def open_run(folder: pathlib.Path) -> TrainedRun:
+    """The newest checkpoint of a run, over the devices that are here, whatever it was trained on.
+
+    Raises:
+      UserError: there is no checkpoint, or its base cannot be used.
+    """
+    config = config_lib.load(folder / "config.yaml")
+    run = build_run(dataclasses.replace(config, mesh=MeshConfig(data=1, fsdp=-1)), folder)
+    like = jax.tree.map(
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+        jax.eval_shape(run.programs.init_trainable, jax.random.key(0)),
+        run.programs.trainable_shardings,
+    )
+    trained = run_checkpoint.load_trained(folder / "checkpoints", like)
+    model = run.policy.model
+    return TrainedRun(run, trained, run.source.pretrained(model) if run.source else model)
 
 
 def _load_run(folder: pathlib.Path, dtype: str) -> LoadedPolicy:
-    config = config_lib.load(folder / "config.yaml")
-    config = dataclasses.replace(config, train=dataclasses.replace(config.train, dtype=dtype))
-    run = build_run(config, folder)
-    like = jax.eval_shape(run.programs.init_trainable, jax.random.key(0))
-    shardings = run.programs.trainable_shardings
-    like = jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), like, shardings
-    )
-    trained = run_checkpoint.load_trained(folder / "checkpoints", like)
-    model: Any = run.policy.model
-    if run.source is not None:
-        model = run.source.pretrained(model)
-    if run.policy.lora is None:
-        params = jax.tree.map(lambda x: x.astype(dtype), trained)
-        return LoadedPolicy(model, params, run.prompter.tokenizer, run)
-    _, frozen = initial_params(run)
-    run = dataclasses.replace(run, frozen=frozen)
-    params = lora.merge(run.join(trained), dtype)
-    return LoadedPolicy(model, params, run.prompter.tokenizer, run, trained)
-
-
-def save_tokenizer(policy: LoadedPolicy, directory: pathlib.Path) -> None:
-    """Writes the tokenizer of a tiny model; that of a checkpoint is copied with it."""
-    if isinstance(policy.tokenizer, CharTokenizer):
-        save_char_tokenizer(policy.tokenizer, directory)
+    run, trained, model = open_run(folder)
+    params = trained
+    if run.policy.lora is not None:
+        # The base is held as it was in training, then merged.
+        _, frozen = initial_params(run)
+        params = lora.merge(run.policy.join(trained, frozen))
+    params = cast_params(model, params, dtype)
+    model = dataclasses.replace(model, dtype=dtype, remat=False)
+    return LoadedPolicy(model, params, run.prompter.tokenizer)

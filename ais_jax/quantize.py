@@ -265,7 +265,8 @@ def changed_fraction(old_params: Any, new_params: Any) -> jax.Array:
     old, new = (_compared(params) for params in (old_params, new_params))
     changed = [_count(a != b) for a, b in zip(old, new, strict=True)]
     total = sum(x.size for x in new)
-    return jnp.asarray(sum(changed), jnp.float32) / (total if total else jnp.nan)
+    # A Python integer above 2^31 would not fit the int32 that jax takes it for.
+    return jnp.asarray(sum(changed), jnp.float32) / jnp.float32(total if total else jnp.nan)
 
 
 def _compared(params) -> list[jax.Array]:

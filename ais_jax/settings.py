@@ -74,6 +74,13 @@ def at_least(section: Any, minimum: float, *names: str) -> None:
             raise ValueError(f"{name}={value} must be at least {minimum}")
 
 
+def positive(section: Any, *names: str) -> None:
+    """For `__post_init__`: ValueError for a field of `section` that is not above 0."""
+    for name in names:
+        if not getattr(section, name) > 0:
+            raise ValueError(f"{name}={getattr(section, name)} must be above 0")
+
+
 def build(cls: type[T], data: Mapping, where: str = "") -> T:
     """`cls` from nested mappings, every key and value checked.
 

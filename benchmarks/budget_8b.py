@@ -133,9 +133,12 @@ def main() -> None:
     scalar = jax.ShapeDtypeStruct((), jnp.float32)
     batch, ids, scalar = on(mesh, (batch_of(config), ids, scalar))
     compiled("forward", jax.jit(lambda p, x: model.logits(p, x)[:, -1]), params, ids)
-    update = compiled("update", run.programs.update, state, frozen, batch, scalar)
-
     copy, _ = jax.eval_shape(lambda p: run.programs.refit(p, None), params)
+    programs = {
+        "refit": compiled("refit", run.programs.refit, params, on(mesh, copy)),
+        "scoring": compiled("scoring", run.programs.score, params, batch.rollout),
+        "update": compiled("update", run.programs.update, state, frozen, batch, scalar),
+    }
     rows = {
         "frozen base": bytes_of(frozen) if frozen else 0,
         "trained parameters, float32": bytes_of(state.params),
@@ -145,14 +148,14 @@ def main() -> None:
         "sum of these": 0,
     }
     rows["sum of these"] = sum(rows.values())
-    rows["temporaries of an update"] = update.memory_analysis().temp_size_in_bytes
     if not isinstance(model.config, LladaConfig):  # which is not sampled token by token
         keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), args.rollouts))
         inputs = on(mesh, (copy, batch.rollout.prompts, batch.rollout.prompt_mask, keys))
-        rollout = compiled("rollout", run.programs.rollout, *inputs)
-        rows["temporaries of a rollout"] = rollout.memory_analysis().temp_size_in_bytes
+        programs["rollout"] = compiled("rollout", run.programs.rollout, *inputs)
         cache = jax.eval_shape(lambda: model.empty_cache(args.rollouts, args.length))
-        rows[f"of which cache of {args.rollouts} rows"] = bytes_of(cache)
+        rows[f"cache of {args.rollouts} rows"] = bytes_of(cache)
+    for name, program in programs.items():
+        rows[f"temporaries of {name}"] = program.memory_analysis().temp_size_in_bytes
     for name, size in rows.items():
         print(f"{name:>32}: {size / GIB:7.2f} GiB")
 

@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import safetensors
+from safetensors.numpy import save_file
 
 import ais_jax
 from ais_jax import config as config_lib
@@ -26,6 +28,7 @@ from ais_jax.models import (
 )
 from ais_jax.models.tokenizers import CharTokenizer, load_tokenizer, save_char_tokenizer
 from ais_jax.policies import load_policy
+from ais_jax.sampling import diffusion
 
 TOKENIZER = CharTokenizer("0123456789+-*=")
 QWEN = Qwen3Config(
@@ -188,6 +191,9 @@ def test_the_commands(tmp_path):
         (lambda d: ["generate", d / "hf", "what?"], ["encode"]),
         (lambda d: ["generate", d / "hf", ""], ["prompt is empty"]),
         (lambda d: ["generate", d / "hf", "1", "--max-new-tokens", "0"], ["max_new_tokens=0"]),
+        (lambda d: ["generate", d / "hf", "1", "--samples", "9" * 11], ["samples=999"]),
+        (lambda d: ["generate", d / "hf", "1", "--temperature", "nan"], ["temperature=nan"]),
+        (lambda d: ["generate", d / "hf", "1", "--seed", "9" * 22], ["seed=999"]),
         (lambda d: ["generate", d / "none", "hello"], ["none", "no such folder"]),
         (lambda d: ["convert", d / "hf", d / "hf"], ["not empty"]),
         (lambda d: ["convert", d / "hf", d / "x", "--to", "adapter"], ["no adapters"]),
@@ -202,6 +208,88 @@ def test_mistakes_are_one_line_and_exit_code_2(tmp_path, make, words):
     for word in words:
         assert word in lines[0], lines[0]
     assert not (tmp_path / "x").exists()
+
+
+def test_a_run_on_eight_devices_is_read_on_one(trained, tmp_path):
+    done = run("convert", trained, tmp_path / "hf", "--dtype", "float32")
+    assert done.returncode == 0, done.stderr
+    same(from_pretrained(tmp_path / "hf", "float32").params, load_policy(trained, "float32").params)
+    description = json.loads((tmp_path / "hf" / "generation_config.json").read_text())
+    assert description == {"eos_token_id": 1, "pad_token_id": 0}
+
+
+def test_what_is_not_rounded_stays_so(tmp_path):
+    """Decay rates and the norm of linear attention, through a bfloat16 model and Orbax."""
+    convert(save(HYBRID, tmp_path / "hf"), tmp_path / "half", "hf", "bfloat16")
+    convert(tmp_path / "half", tmp_path / "orbax", "orbax", "bfloat16")
+    exact = from_pretrained(tmp_path / "hf", "float32").params["layers"]["linear"]
+    for name in ("half", "orbax"):
+        blocks = from_pretrained(tmp_path / name).params["layers"]["linear"]
+        assert blocks["out_proj"].dtype == jnp.bfloat16
+        for leaf in ("A_log", "dt_bias", "linear_norm"):
+            np.testing.assert_array_equal(blocks[leaf], exact[leaf])
+
+
+def test_a_multimodal_checkpoint_becomes_a_text_model_in_orbax(tmp_path):
+    folder = save(HYBRID, tmp_path / "hf")
+    raw = json.loads((folder / "config.json").read_text())
+    text = {"model_type": "qwen3_5", "text_config": raw, "tie_word_embeddings": True}
+    with safetensors.safe_open(folder / "model.safetensors", "numpy") as stored:
+        tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
+    renamed = {k.replace("model.", "model.language_model.", 1): v for k, v in tensors.items()}
+    vision = {"model.visual.patch": np.arange(6, dtype=np.float32)}
+    save_file(renamed | vision, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(text))
+    model = from_pretrained(folder, "float32")
+    save_pretrained(model, model.params, tmp_path / "again")
+    with safetensors.safe_open(tmp_path / "again" / "model.safetensors", "numpy") as stored:
+        assert set(stored.keys()) == set(renamed | vision)
+        np.testing.assert_array_equal(stored.get_tensor("model.visual.patch"), np.arange(6))
+    convert(folder, tmp_path / "orbax", "orbax", "float32")
+    convert(tmp_path / "orbax", tmp_path / "text", "hf", "float32")
+    assert json.loads((tmp_path / "text" / "config.json").read_text())["architectures"] == [
+        "Qwen3_5ForCausalLM"
+    ]
+    same(from_pretrained(tmp_path / "text", "float32").params, model.params)
+
+
+def test_a_damaged_orbax_folder_is_told(tmp_path):
+    convert(save(QWEN, tmp_path / "hf"), tmp_path / "orbax", "orbax", "float32")
+    for file in (tmp_path / "orbax" / "params").rglob("*"):
+        if file.is_file() and file.stat().st_size > 100:
+            file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    with pytest.raises(UserError, match="params is damaged"):
+        from_pretrained(tmp_path / "orbax")
+
+
+def test_a_tokenizer_of_another_model_is_told(tmp_path):
+    folder = save(dataclasses.replace(QWEN, vocab_size=12), tmp_path / "hf")
+    done = run("generate", folder, "1+2=")
+    assert done.returncode == 2 and "vocab_size=12" in done.stderr
+
+
+def test_the_surest_masks_are_filled_first():
+    """A step of the sampler against the published rule, in NumPy, from the model's own logits."""
+    model = build(LLADA, "float32")
+    params = jax.tree.map(lambda x: 3 * x, model.init(jax.random.key(1)))
+    prompt = np.array([[5, 6, 7]])
+    config = diffusion.DiffusionConfig(
+        max_new_tokens=6, block=3, steps=2, temperature=0.0, mask_id=15, token_count=16
+    )
+    got = diffusion.generate(
+        model, params, prompt, np.ones((1, 3), bool), jax.random.split(jax.random.key(0), 1), config
+    )
+    canvas = np.concatenate([prompt, np.full((1, 6), 15)], axis=1)
+    for block in (3, 6):
+        for count in (2, 1):  # three masks in two steps
+            logits = np.array(model.logits(params, canvas)[0], np.float64)
+            logits[:, 15:] = -np.inf
+            probs = np.exp(logits - logits.max(1, keepdims=True))
+            probs /= probs.sum(1, keepdims=True)
+            places = [i for i in range(block, block + 3) if canvas[0, i] == 15]
+            for i in sorted(places, key=lambda i: -probs[i].max())[:count]:
+                canvas[0, i] = probs[i].argmax()
+    np.testing.assert_array_equal(got[0], canvas[0, 3:])
 
 
 def test_a_folder_without_a_tokenizer_loads_and_cannot_be_prompted(tmp_path):

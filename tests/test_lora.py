@@ -19,9 +19,10 @@ from ais_jax.lora import LoraConfig
 from ais_jax.mesh import MeshConfig, make_mesh
 from ais_jax.models import LladaConfig, Qwen3Config, build, from_pretrained, save_pretrained
 from ais_jax.peft import save_adapter
-from ais_jax.policies import load_policy
+from ais_jax.policies import open_run
 from ais_jax.quantize import QuantArray, quantize
 from ais_jax.sampling import Policy, SamplingConfig
+from ais_jax.train.setup import initial_params
 from ais_jax.train.state import state_shardings
 from ais_jax.train.step import refit
 
@@ -205,25 +206,19 @@ def test_a_run_is_converted_with_its_adapters_merged(trained):
     folder, _, _ = trained
     convert(folder / "run", folder / "merged", "hf", "float32")
     model = from_pretrained(folder / "merged", "float32")
-    policy = load_policy(folder / "run", "float32")
-    assert policy.adapters is not None and policy.run is not None
-    expected = MODEL_LOGITS(policy)
+    run, adapters, structure = open_run(folder / "run")
+    _, frozen = initial_params(run)
+    joined = run.policy.join(adapters, frozen)
+    expected = structure.logits(joined, IDS % structure.config.vocab_size)
     got = model.logits(model.params, IDS % model.config.vocab_size)
     np.testing.assert_allclose(got, expected, rtol=0, atol=1e-5)
     convert(folder / "run", folder / "adapter", "adapter", "float32")
     tensors = load_file(folder / "adapter" / "adapter_model.safetensors")
-    pair = policy.adapters["layers"]["k_proj"]
+    pair = adapters["layers"]["k_proj"]
     np.testing.assert_array_equal(
         tensors["base_model.model.model.layers.0.self_attn.k_proj.lora_B.weight"], pair["b"][0].T
     )
     assert np.abs(pair["b"]).max() > 0
-
-
-def MODEL_LOGITS(policy):
-    """Logits of base and adapters side by side."""
-    run = policy.run
-    joined = run.join(policy.adapters)
-    return policy.structure.logits(joined, IDS % policy.model.config.vocab_size)
 
 
 def test_adapters_over_a_checkpoint(tmp_path):

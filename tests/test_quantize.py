@@ -426,6 +426,11 @@ def test_changed_fraction_of_nothing_and_of_more_than_float32_can_count():
         QuantArray(jnp.full((2, 4096, 4099), i, jnp.int8), jnp.ones((2, 1, 4099))) for i in (0, 1)
     )
     assert changed_fraction(zeros, ones) == 1
+    # An 8B model has more codes than an int32 counts; this is only traced.
+    large = QuantArray(
+        jax.ShapeDtypeStruct((36, 4096, 24576), jnp.int8), jax.ShapeDtypeStruct((1,), jnp.float32)
+    )
+    assert jax.eval_shape(changed_fraction, large, large).dtype == jnp.float32
 
 
 def test_documented_recipes():

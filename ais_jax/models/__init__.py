@@ -12,6 +12,7 @@ from ais_jax.models.llada import LladaConfig
 from ais_jax.models.model import Model, ModelConfig, Params, build, positions_of
 from ais_jax.models.pretrained import (
     PretrainedModel,
+    cast_params,
     from_pretrained,
     load_params,
     save_orbax,
@@ -31,6 +32,7 @@ __all__ = [
     "Qwen3Config",
     "Qwen3_5Config",
     "build",
+    "cast_params",
     "from_pretrained",
     "load_params",
     "positions_of",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pathlib
 import re
 import shutil
@@ -55,7 +56,7 @@ class Folder:
     def __init__(self, directory: pathlib.Path):
         self.directory = directory
         self.config = read_json(directory / "config.json")
-        if "quantization_config" in self.config:
+        if self.config.get("quantization_config"):
             raise UserError(
                 f"{directory / 'config.json'}: a quantized checkpoint cannot be trained; use the "
                 "unquantized one, and choose rollout.recipe for sampling"
@@ -65,9 +66,19 @@ class Folder:
         self.shapes = {}
 
     def save_tokenizer(self, directory: pathlib.Path) -> None:
-        """Copies the tokenizer's files, if there are any."""
-        for file in tokenizer_files(self.directory):
+        """Copies the tokenizer's files, if there are any, and the code that config.json names.
+
+        The code is not run here; without it others could not load what needs it.
+        """
+        for file in [*tokenizer_files(self.directory), *self._code_files()]:
             shutil.copyfile(file, directory / file.name)
+
+    def _code_files(self) -> list[pathlib.Path]:
+        references = self.config.get("auto_map")
+        values = references.values() if isinstance(references, dict) else ()
+        names = {str(x).rpartition("--")[2].partition(".")[0] + ".py" for x in values}
+        files = [self.directory / name for name in sorted(names) if name == os.path.basename(name)]
+        return [file for file in files if file.is_file()]
 
 
 class FolderCheckpoint(Folder):
@@ -115,20 +126,24 @@ class OrbaxCheckpoint(Folder):
           UserError: they are damaged, or others than the model's.
         """
         path = (self.directory / ORBAX_PARAMS).absolute()
-        with ocp.StandardCheckpointer() as checkpointer:
-            try:
+
+        def target(keys, x, sharding):
+            kept = x.dtype if is_exact(model, keys[-1].key, dtype) else np.dtype(dtype)
+            return jax.ShapeDtypeStruct(x.shape, kept, sharding=sharding)
+
+        try:
+            with ocp.StandardCheckpointer() as checkpointer:
                 stored = checkpointer.metadata(path).item_metadata.tree
-            except (OSError, ValueError, KeyError, AttributeError) as error:
-                raise UserError(f"{path} is damaged: {error}") from None
-            _check_stored(stored, model, path)
-
-            def target(keys, x, sharding):
-                kept = x.dtype if is_exact(model, keys[-1].key, dtype) else np.dtype(dtype)
-                return jax.ShapeDtypeStruct(x.shape, kept, sharding=sharding)
-
-            return checkpointer.restore(
-                path, jax.tree_util.tree_map_with_path(target, stored, shardings)
-            )
+                _check_stored(stored, model, path)
+                wanted = jax.tree_util.tree_map_with_path(target, stored, shardings)
+                return checkpointer.restore(path, wanted)
+        except UserError:
+            raise
+        except Exception as error:  # Orbax raises whatever its layers below do
+            raise UserError(
+                f"{path} is damaged, or no Orbax checkpoint ({type(error).__name__}): write it "
+                "again with ais-jax convert"
+            ) from error
 
 
 def _check_stored(stored: Params, model: Model, path: pathlib.Path) -> None:
@@ -204,6 +219,12 @@ def check_tensors(checkpoint: Checkpoint, model: Model, where: str) -> list[nami
     Raises:
       UserError: one is missing, of another shape, or in the namespace and not known.
     """
+    blocks = getattr(model.config, "num_hidden_layers", 0) or getattr(model.config, "n_layers", 0)
+    if blocks > len(checkpoint.shapes):
+        raise UserError(
+            f"{where}: config.json asks for {blocks} layers, but there are only "
+            f"{len(checkpoint.shapes)} tensors"
+        )
     tensors = tensors_of(model.config, set(checkpoint.shapes))
     params = model.abstract_params()
     for tensor in tensors:

@@ -58,21 +58,21 @@ def chunked(
     """The same as `recurrent`, `CHUNK` positions at a time.
 
     Within a chunk the deltas d solve a unit lower-triangular system, since each depends on those
-    before it; the state is only read and written between chunks.
+    before it; the state is read and written between chunks alone.
     """
     length = q.shape[1]
     q, k, v, g, beta = (_split(x) for x in (q, k, v, g, beta))
     total = jnp.cumsum(g, axis=-1)  # [N, B, H, C]
     lower = jnp.tril(jnp.ones((CHUNK, CHUNK), bool))
-    # Masked before exp: above the diagonal the difference is positive and may overflow.
-    between = total[..., :, None] - total[..., None, :]
-    decay = jnp.where(lower, jnp.exp(jnp.where(lower, between, 0.0)), 0.0)
+    # The decay from j to i as the sum over what lies between: a difference of two totals would lose
+    # digits where decays are strong.
+    strict = jnp.tril(lower, -1)
+    between = jnp.cumsum(jnp.where(strict, g[..., :, None], 0.0), axis=-2)
+    decay = jnp.where(lower, jnp.exp(between), 0.0)
     weighted = beta[..., None] * k
     system = jnp.tril(_einsum("nbhik,nbhjk->nbhij", weighted, k) * decay, -1)
     right = jnp.concatenate([beta[..., None] * v, weighted * jnp.exp(total)[..., None]], axis=-1)
-    solved = jax.lax.linalg.triangular_solve(
-        system, right, left_side=True, lower=True, unit_diagonal=True
-    )
+    solved = _einsum("nbhij,nbhjk->nbhik", _unit_lower_inverse(system), right)
     fresh, held = jnp.split(solved, [v.shape[-1]], axis=-1)
     scores = _einsum("nbhik,nbhjk->nbhij", q, k) * decay
 
@@ -97,3 +97,23 @@ def _split(x: jax.Array) -> jax.Array:
     x = jnp.pad(x, [(0, 0), (0, -x.shape[1] % CHUNK)] + [(0, 0)] * (x.ndim - 2))
     x = x.reshape(x.shape[0], -1, CHUNK, *x.shape[2:])
     return jnp.moveaxis(x, (1, 3), (0, 2))
+
+
+def _unit_lower_inverse(strict: jax.Array) -> jax.Array:
+    """(I + strict)^-1 of strictly lower triangles [..., C, C], C a power of 2.
+
+    The inverses of diagonal blocks are merged pair by pair. A triangular solve would do the same,
+    but in jax 0.10 on a CPU concurrent solves can wait for each other forever; the product of
+    (I - L)(I + L^2)(I + L^4)... would be shorter, and loses every digit where keys are alike.
+    """
+    size = strict.shape[-1]
+    inverse = jnp.broadcast_to(jnp.eye(size, dtype=strict.dtype), strict.shape)
+    place = jnp.arange(size)
+    width = 1
+    while width < size:
+        block = place // width
+        below = (block[:, None] % 2 == 1) & (block[:, None] == block[None, :] + 1)
+        part = _einsum("...ij,...jk->...ik", inverse, jnp.where(below, strict, 0.0))
+        inverse = inverse - _einsum("...ij,...jk->...ik", part, inverse)
+        width *= 2
+    return inverse

@@ -43,20 +43,29 @@ def expect(raw: Mapping[str, Any], **values: Any) -> None:
             )
 
 
-def rope_theta(raw: Mapping[str, Any]) -> float:
-    """The rotary base, of the older or the newer form of config.json.
+def section(raw: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    """What is below a key; empty where it is absent or null.
+
+    Raises:
+      UserError: it is not a mapping.
+    """
+    value = raw.get(name)
+    if value is not None and not isinstance(value, Mapping):
+        raise UserError(f"config.json: {name} is {value!r}, not a section")
+    return value or {}
+
+
+def rope_theta(raw: Mapping[str, Any]) -> Any:
+    """The rotary base, of the older or the newer form of config.json, unchecked.
 
     Raises:
       UserError: positions are rescaled.
     """
-    parameters = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    parameters = section(raw, "rope_parameters") or section(raw, "rope_scaling")
     kind = parameters.get("rope_type", parameters.get("type", "default"))
     if kind != "default":
         raise UserError(f"config.json: rope_type={kind!r} is not supported; only 'default' is")
-    theta = parameters.get("rope_theta", raw.get("rope_theta", 10000.0))
-    if isinstance(theta, bool) or not isinstance(theta, int | float) or theta <= 0:
-        raise UserError(f"config.json: rope_theta is {theta!r}, not a number above 0")
-    return float(theta)
+    return parameters.get("rope_theta", raw.get("rope_theta", 10000.0))
 
 
 def build(cls: type[T], raw: Mapping[str, Any], sizes: Iterable[str], **known: Any) -> T:

@@ -12,11 +12,12 @@ from typing import Any
 
 from flax import nnx
 
+from ais_jax.errors import UserError
 from ais_jax.models import hf_config, layers, qwen3
 from ais_jax.models.layers import KVCache
 from ais_jax.models.naming import Tensor, block_tensors
 from ais_jax.models.qwen3 import Qwen3Config
-from ais_jax.settings import at_least, setting
+from ais_jax.settings import at_least, positive, setting
 
 MODEL_TYPES = ("llada",)
 PREFIXES = ("model.transformer.",)
@@ -55,6 +56,7 @@ class LladaConfig:
         at_least(self, 1, "d_model", "mlp_hidden_size", "n_layers", "n_heads", "n_kv_heads")
         at_least(self, 1, "max_sequence_length")
         at_least(self, 0, "vocab_size", "mask_token_id")
+        positive(self, "rope_theta", "rms_norm_eps")
         for part, whole in (("n_heads", "d_model"), ("n_kv_heads", "n_heads")):
             if getattr(self, whole) % getattr(self, part):
                 raise ValueError(
@@ -105,6 +107,8 @@ def from_hf(raw: Mapping[str, Any]) -> LladaConfig:
     """
     hf_config.refuse(
         raw,
+        "clip_qkv",
+        "multi_query_attention",
         "include_bias",
         "include_qkv_bias",
         "attention_layer_norm",
@@ -113,8 +117,9 @@ def from_hf(raw: Mapping[str, Any]) -> LladaConfig:
         "input_emb_norm",
     )
     hf_config.expect(raw, block_type="llama", activation_type="silu", layer_norm_type="rms")
+    hf_config.expect(raw, rope=True, rope_full_precision=True)
     heads = hf_config.need(raw, "n_heads")
-    return hf_config.build(
+    config = hf_config.build(
         LladaConfig,
         raw,
         ("d_model", "mlp_hidden_size", "n_layers", "mask_token_id"),
@@ -122,6 +127,12 @@ def from_hf(raw: Mapping[str, Any]) -> LladaConfig:
         n_kv_heads=raw.get("n_kv_heads") or heads,
         weight_tying=raw.get("weight_tying", False),
     )
+    if config.mask_token_id >= config.vocab_size:
+        raise UserError(
+            f"config.json: mask_token_id={config.mask_token_id} is no row of the embedding, which "
+            f"has {config.vocab_size}"
+        )
+    return config
 
 
 def to_hf(config: LladaConfig) -> dict[str, Any]:

@@ -33,6 +33,7 @@ from ais_jax.models.checkpoint import (
 )
 from ais_jax.models.model import Model, Params, family
 from ais_jax.models.safetensors_io import Output, write_folder, write_json
+from ais_jax.models.tokenizers import CharTokenizer, save_char_tokenizer
 
 SHARD_BYTES = 5_000_000_000
 
@@ -177,23 +178,34 @@ def _stored_sharding(sharding: Sharding, tensor: naming.Tensor) -> Sharding:
     return NamedSharding(sharding.mesh, PartitionSpec(*own))
 
 
+def cast_params(model: Model, params: Params, dtype: str) -> Params:
+    """Parameters in `dtype`; what `from_pretrained` would not round stays float32."""
+
+    def one(path, x):
+        return x.astype(jnp.float32 if is_exact(model, path[-1].key, dtype) else dtype)
+
+    return jax.tree_util.tree_map_with_path(one, params)
+
+
 def save_pretrained(
     model: Model,
     params: Params,
     directory: str | os.PathLike,
     shard_bytes: int = SHARD_BYTES,
+    tokenizer: CharTokenizer | None = None,
 ) -> None:
     """Writes a folder that transformers and vLLM read; parameters keep their dtypes.
 
     A model from `from_pretrained` keeps its config.json and generation config, its tokenizer, and
     the tensors of parts that are not computed here (vision, multi-token prediction). The folder
-    appears when it is complete.
+    appears when it is complete. For one process: it must be able to see all of the parameters.
 
     Args:
       model: structure, or what `from_pretrained` returned.
       params: as `model.params`: arrays, neither quantized nor with adapters.
       directory: absent or empty.
       shard_bytes: largest size of one safetensors file.
+      tokenizer: of a tiny model that comes from no checkpoint.
 
     Raises:
       UserError: the folder is not empty or cannot be written.
@@ -201,37 +213,55 @@ def save_pretrained(
     """
     source = getattr(model, "checkpoint", None)
     outputs = _outputs(model, params, source)
+    config = dict(source.config) if source else family(model.config).to_hf(model.config)
     with new_folder(pathlib.Path(directory)) as folder:
-        _write_descriptions(model, params, source, folder)
+        _write_descriptions(config, params, source, tokenizer, folder)
         write_folder(folder, outputs, shard_bytes)
 
 
-def save_orbax(model: Model, params: Params, directory: str | os.PathLike) -> None:
-    """The same with parameters kept by Orbax, which `from_pretrained` reads as well.
+def save_orbax(
+    model: Model,
+    params: Params,
+    directory: str | os.PathLike,
+    tokenizer: CharTokenizer | None = None,
+) -> None:
+    """The same with parameters kept by Orbax, which `from_pretrained` reads, each host its part.
 
-    Each host writes what it holds. Parts that are not computed here are left behind.
+    Parts that are not computed here are left behind, so that a multimodal model becomes a text one.
 
     Raises:
       UserError: the folder is not empty or cannot be written.
     """
+    source = getattr(model, "checkpoint", None)
+    config = family(model.config).to_hf(model.config)
+    if source and source.config.get("model_type") == config["model_type"]:
+        config = dict(source.config)
     with new_folder(pathlib.Path(directory)) as folder:
-        _write_descriptions(model, params, getattr(model, "checkpoint", None), folder)
+        _write_descriptions(config, params, source, tokenizer, folder)
         with ocp.StandardCheckpointer() as checkpointer:
             checkpointer.save(folder.absolute() / ORBAX_PARAMS, params)
 
 
 def _write_descriptions(
-    model: Model, params: Params, source: Checkpoint | None, folder: pathlib.Path
+    config: dict,
+    params: Params,
+    source: Checkpoint | None,
+    tokenizer: CharTokenizer | None,
+    folder: pathlib.Path,
 ) -> None:
-    config = dict(source.config) if source else family(model.config).to_hf(model.config)
     dtypes = {str(x.dtype) for x in jax.tree.leaves(params)}
     dtype = "bfloat16" if "bfloat16" in dtypes else "float32"
     config["dtype"] = dtype
     config.pop("torch_dtype", None)  # its older name
-    if "text_config" in config:
+    if isinstance(config.get("text_config"), dict):
         config["text_config"] = {**config["text_config"], "dtype": dtype}
+    generation = source.generation_config if source else {}
+    if tokenizer is not None:
+        ids = {"eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
+        config, generation = {**config, **ids}, {**generation, **ids}
+        save_char_tokenizer(tokenizer, folder)
     write_json(folder / "config.json", config)
-    write_json(folder / "generation_config.json", source.generation_config if source else {})
+    write_json(folder / "generation_config.json", generation)
     if source:
         source.save_tokenizer(folder)
 
@@ -261,6 +291,15 @@ def _get(extract, param, index, layout) -> np.ndarray:
     return np.asarray(extract(param, index, layout=layout))
 
 
+def check_free(directory: pathlib.Path) -> None:
+    """Raises UserError unless a folder can be made there: it is absent or empty."""
+    try:
+        if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+            raise UserError(f"{directory} exists and is not empty; choose another folder")
+    except OSError as error:
+        raise UserError(f"{directory} cannot be written: {error.strerror or error}") from error
+
+
 @contextlib.contextmanager
 def new_folder(directory: pathlib.Path) -> Iterator[pathlib.Path]:
     """A folder to write into, which becomes `directory` at the end, or vanishes after an error.
@@ -269,8 +308,7 @@ def new_folder(directory: pathlib.Path) -> Iterator[pathlib.Path]:
       UserError: `directory` holds something already, or cannot be written.
     """
     directory = directory.absolute()
-    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-        raise UserError(f"{directory} exists and is not empty; choose another folder")
+    check_free(directory)
     partial = directory.with_name(f".{directory.name}.partial-{os.getpid()}")
     try:
         partial.mkdir(parents=True)

@@ -17,7 +17,7 @@ from ais_jax.linear import linear
 from ais_jax.models import hf_config, layers
 from ais_jax.models.layers import KVCache
 from ais_jax.models.naming import Tensor, block_tensors
-from ais_jax.settings import at_least, setting
+from ais_jax.settings import at_least, positive, setting
 
 MODEL_TYPES = ("qwen3", "llama")
 PREFIXES = ("model.",)
@@ -61,6 +61,7 @@ class Qwen3Config:
         at_least(self, 1, "hidden_size", "intermediate_size", "num_hidden_layers", "head_dim")
         at_least(self, 1, "num_attention_heads", "max_position_embeddings")
         at_least(self, 0, "vocab_size")
+        positive(self, "rope_theta", "rms_norm_eps")
 
 
 class Blocks(nnx.Module):

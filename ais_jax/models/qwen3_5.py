@@ -20,7 +20,7 @@ from ais_jax.linear import linear
 from ais_jax.models import deltanet, hf_config, layers
 from ais_jax.models.layers import KVCache
 from ais_jax.models.naming import Tensor, block_tensors
-from ais_jax.settings import at_least, setting
+from ais_jax.settings import at_least, positive, setting
 
 MODEL_TYPES = ("qwen3_5", "qwen3_5_text")
 PREFIXES = ("model.", "model.language_model.")
@@ -86,10 +86,11 @@ class Qwen3_5Config:
                 raise ValueError(
                     f"{part}={getattr(self, part)} must divide {whole}={getattr(self, whole)}"
                 )
-        if self.rotary_dim < 2 or self.rotary_dim % 2:
+        positive(self, "rope_theta", "rms_norm_eps")
+        if not 2 <= self.rotary_dim <= self.head_dim or self.rotary_dim % 2:
             raise ValueError(
                 f"partial_rotary_factor={self.partial_rotary_factor} of head_dim={self.head_dim} "
-                f"makes {self.rotary_dim} rotating dimensions; it must be even"
+                f"makes {self.rotary_dim} rotating dimensions: not even, or beyond head_dim"
             )
 
     @property
@@ -356,13 +357,11 @@ def from_hf(raw: Mapping[str, Any]) -> Qwen3_5Config:
     Raises:
       UserError: it lacks a size, or asks for what is not computed here.
     """
-    text = raw.get("text_config", raw)
-    if not isinstance(text, Mapping):
-        raise UserError(f"config.json: text_config is {text!r}, not a section")
+    text = hf_config.section(raw, "text_config") or raw
     hf_config.refuse(text, "attention_bias")
     hf_config.expect(text, attn_output_gate=True)
     interval = _interval(text)
-    rope = text.get("rope_parameters") or {}
+    rope = hf_config.section(text, "rope_parameters")
     return hf_config.build(
         Qwen3_5Config,
         text,
@@ -382,7 +381,9 @@ def from_hf(raw: Mapping[str, Any]) -> Qwen3_5Config:
         ),
         full_attention_interval=interval,
         rope_theta=hf_config.rope_theta(text),
-        partial_rotary_factor=float(rope.get("partial_rotary_factor", 0.25)),
+        partial_rotary_factor=rope.get(
+            "partial_rotary_factor", text.get("partial_rotary_factor", 0.25)
+        ),
         tie_word_embeddings=raw.get("tie_word_embeddings", text.get("tie_word_embeddings", False)),
     )
 
@@ -393,10 +394,12 @@ def _interval(text: Mapping[str, Any]) -> int:
     interval = text.get("full_attention_interval") or 4
     if not kinds:
         return interval
+    if not isinstance(kinds, list | tuple):
+        raise UserError(f"config.json: layer_types is {kinds!r}, not a list")
     if "full_attention" in kinds:
         interval = kinds.index("full_attention") + 1
     group = ["linear_attention"] * (interval - 1) + ["full_attention"]
-    if list(kinds) != group * (len(kinds) // interval):
+    if list(kinds) != group * (hf_config.need(text, "num_hidden_layers") // interval):
         raise UserError(
             f"config.json: layer_types={kinds!r} is not supported; every {interval}th layer, and "
             "the last, must be 'full_attention', the others 'linear_attention'"
@@ -422,6 +425,7 @@ def to_hf(config: Qwen3_5Config) -> dict[str, Any]:
         "hidden_act": "silu",
         "attention_bias": False,
         "attn_output_gate": True,
+        "mamba_ssm_dtype": "float32",
     }
 
 

@@ -29,6 +29,9 @@ _DTYPES = {
     "BF16": np.dtype(ml_dtypes.bfloat16),
     "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
     "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
+    "U64": np.dtype(np.uint64),
+    "U32": np.dtype(np.uint32),
+    "U16": np.dtype(np.uint16),
     "I64": np.dtype(np.int64),
     "I32": np.dtype(np.int32),
     "I16": np.dtype(np.int16),
@@ -64,22 +67,28 @@ def scan_folder(folder: pathlib.Path) -> dict[str, Entry]:
     """
     entries: dict[str, Entry] = {}
     if not (folder / INDEX).exists():
-        if not (folder / SINGLE).exists():
+        if not (folder / SINGLE).is_file():
             raise UserError(f"{folder}: {_no_weights(folder)}")
         return scan_file(folder / SINGLE)
     listed = read_json(folder / INDEX).get("weight_map")
     if not isinstance(listed, dict) or not all(isinstance(x, str) for x in listed.values()):
         raise UserError(f"{folder / INDEX}: has no weight_map of tensor names to files")
     for name in sorted(set(listed.values())):
-        if name != os.path.basename(name):
-            raise UserError(f"{folder / INDEX}: {name!r} is not the name of a file in this folder")
-        if not (folder / name).exists():
+        if name != os.path.basename(name) or not name.endswith(".safetensors"):
+            raise UserError(
+                f"{folder / INDEX}: {name!r} is not the name of a safetensors file in this folder"
+            )
+        if not os.path.isfile(folder / name):
             tensor = next(t for t, file in listed.items() if file == name)
             raise UserError(
                 f"{folder / name} is missing; {INDEX} says that it holds {tensor} and others: "
                 "download it again"
             )
-        entries |= scan_file(folder / name)
+        found = scan_file(folder / name)
+        twice = sorted(found.keys() & entries.keys())
+        if twice:
+            raise UserError(f"{folder / name}: tensor {twice[0]} is in another file too")
+        entries |= found
     for tensor, name in listed.items():
         if tensor not in entries or entries[tensor].file.name != name:
             raise UserError(f"{folder / name}: tensor {tensor} is not in it, but {INDEX} says so")
@@ -102,22 +111,32 @@ def scan_file(file: pathlib.Path) -> dict[str, Entry]:
     Raises:
       UserError: it is broken or truncated.
     """
-    size = file.stat().st_size
-    with open(file, "rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        if size < 8 or length > min(size - 8, _LARGEST_HEADER):
-            raise _broken(file, "its header is cut off")
-        try:
-            header = json.loads(stream.read(length))
-            header.pop("__metadata__", None)
-            entries = {name: _entry(file, 8 + length, item) for name, item in header.items()}
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            raise _broken(file, "its header is not that of a safetensors file") from None
+    try:
+        size = file.stat().st_size
+        with open(file, "rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            if size < 8 or length > min(size - 8, _LARGEST_HEADER):
+                raise _broken(file, "its header is cut off")
+            text = stream.read(length)
+    except OSError as error:
+        raise UserError(f"{file} cannot be read: {error.strerror}") from None
+    try:
+        header = json.loads(text, object_pairs_hook=_distinct)
+        header.pop("__metadata__", None)
+        entries = {name: _entry(file, 8 + length, item) for name, item in header.items()}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise _broken(file, "its header is not that of a safetensors file") from None
     for name, entry in entries.items():
         end = entry.offset + math.prod(entry.shape) * entry.dtype.itemsize
         if end > size:
             raise _broken(file, f"tensor {name} ends at byte {end}, the file at {size}")
     return entries
+
+
+def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len({name for name, _ in pairs}) != len(pairs):
+        raise ValueError("a name twice")
+    return dict(pairs)
 
 
 def _entry(file: pathlib.Path, base: int, item: dict) -> Entry:

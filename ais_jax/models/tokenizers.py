@@ -263,6 +263,16 @@ def write_tokenizer_config(directory: pathlib.Path, **entries: Any) -> None:
     path.write_text(json.dumps(config | entries, indent=2) + "\n", encoding="utf-8")
 
 
+def check_ids(tokenizer: Tokenizer, vocab_size: int, where: str) -> None:
+    """Raises UserError if the tokenizer of the model at `where` has ids that the model has not."""
+    largest = max(tokenizer.size - 1, tokenizer.pad_id, *tokenizer.eos_ids)
+    if largest >= vocab_size or min(tokenizer.pad_id, *tokenizer.eos_ids) < 0:
+        raise UserError(
+            f"{where}: the tokenizer's ids reach to {largest}, but vocab_size={vocab_size}: they "
+            "do not belong together"
+        )
+
+
 def left_pad(
     rows: Sequence[Sequence[int]], length: int, pad_id: int
 ) -> tuple[np.ndarray, np.ndarray]:

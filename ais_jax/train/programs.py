@@ -97,7 +97,12 @@ def build_programs(
         # The old copy is compared and then dead: its memory is the new one's.
         refit=jax.jit(refit, donate_argnums=1, out_shardings=(copy_shardings, everywhere)),
         rollout=jax.jit(policy.rollout, out_shardings=rows),
-        score=jax.jit(policy.score, out_shardings=rows),
+        score=jax.jit(
+            functools.partial(
+                step_lib.score, policy=policy, parts=config.grpo.batch_size // config.grpo.rows
+            ),
+            out_shardings=rows,
+        ),
         measure=jax.jit(
             functools.partial(step_lib.measure, config=config.ais), out_shardings=everywhere
         ),

@@ -43,6 +43,7 @@ def train(config: Config, reward_fn: RewardFn | None = None, name: str = "run") 
     began = time.perf_counter()
     try:
         run = build_run(config, _directory(config, name))
+        config.check_devices(run.programs.mesh.shape["data"] * run.programs.mesh.shape["fsdp"])
         examples = build_examples(config)
     except ValueError as error:
         raise UserError(str(error)) from error

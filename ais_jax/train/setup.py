@@ -13,11 +13,10 @@ import jax
 from ais_jax import mesh as mesh_lib
 from ais_jax import models, tasks
 from ais_jax.config import Config
-from ais_jax.errors import UserError
 from ais_jax.models import Model, Params, PretrainedModel
 from ais_jax.models.checkpoint import Checkpoint, open_model, tokenizer_of
 from ais_jax.models.naming import Tensor
-from ais_jax.models.tokenizers import CharTokenizer, TextTokenizer, Tokenizer
+from ais_jax.models.tokenizers import CharTokenizer, TextTokenizer, Tokenizer, check_ids
 from ais_jax.sampling import Policy, SamplingConfig
 from ais_jax.sampling.prompts import Prompter
 from ais_jax.train.optimizer import grpo_optimizer, learning_rate_schedule
@@ -76,13 +75,12 @@ def build_run(config: Config, directory: pathlib.Path, devices: list | None = No
       devices: those of the mesh, also ones that can only be compiled for; None takes all here.
 
     Raises:
-      UserError: batch, mesh and devices do not fit together, or the checkpoint cannot be used.
+      UserError: mesh and devices do not fit together, or the checkpoint cannot be used.
     """
     task = tasks.get_task(config.task.name)
     source, model, tokenizer = _open_policy(config, task)
     policy = Policy(model, _sampling(config, tokenizer), config.model.lora)
     mesh = mesh_lib.make_mesh(config.mesh, devices)
-    config.check_devices(mesh.shape["data"] * mesh.shape["fsdp"])
     schedule = learning_rate_schedule(config)
     updates = config.grpo.inner_epochs * config.grpo.minibatches
     return Run(
@@ -108,8 +106,7 @@ def _open_policy(config: Config, task) -> tuple[Source | None, Model, Tokenizer]
         if sizes.vocab_size == 0:
             sizes = dataclasses.replace(sizes, vocab_size=tokenizer.size)
         model = models.build(sizes, dtype, remat)
-    if sizes.vocab_size < tokenizer.size:
-        raise UserError(f"vocab_size={sizes.vocab_size} is below the tokenizer's {tokenizer.size}")
+    check_ids(tokenizer, sizes.vocab_size, config.model.checkpoint or "model")
     return source, model, tokenizer
 
 

@@ -6,6 +6,7 @@ jits them with shardings.
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -49,6 +50,16 @@ def refit(params: Params, previous: Params | None, *, recipe: str, dtype, platfo
     if previous is not None:
         changed = quantize.changed_fraction(previous, copy)
     return copy, changed
+
+
+def score(
+    params: Params, rollout: Rollout, *, policy: Policy, parts: int
+) -> tuple[jax.Array, jax.Array]:
+    """(log-probs, entropy) [B, T] float32, of B / `parts` rows at a time, as in an update."""
+    if parts == 1:
+        return policy.score(params, rollout)
+    scores = jax.lax.map(functools.partial(policy.score, params), _split(rollout, parts))
+    return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), scores)
 
 
 def measure(
@@ -151,7 +162,7 @@ def update(
     return new, {"loss": value, "grad_norm": grad_norm, **aux}
 
 
-def _split(batch: TrainBatch, parts: int) -> TrainBatch:
+def _split(batch, parts: int):
     """[B, ...] to [parts, B / parts, ...]: row i goes to part i % parts.
 
     Strided, so that with rows split over devices in blocks every part is split over all of them.

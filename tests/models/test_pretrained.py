@@ -32,7 +32,13 @@ CONFIGS = {
     "tied": dataclasses.replace(QWEN, tie_word_embeddings=True),
     "llama": dataclasses.replace(QWEN, qk_norm=False, rms_norm_eps=1e-5),
     "llada": LladaConfig(
-        vocab_size=40, d_model=24, mlp_hidden_size=32, n_layers=2, n_heads=3, n_kv_heads=3
+        vocab_size=40,
+        d_model=24,
+        mlp_hidden_size=32,
+        n_layers=2,
+        n_heads=3,
+        n_kv_heads=3,
+        mask_token_id=30,
     ),
 }
 
@@ -290,3 +296,68 @@ def test_a_full_disk_leaves_nothing(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"a cannot be written: No space left"):
         save_pretrained(model, params, tmp_path / "a")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"num_hidden_layers": 10**9}, ("1000000000 layers", "tensors")),
+        ({"rope_parameters": [1]}, ("rope_parameters", "not a section")),
+        ({"rope_parameters": {"rope_theta": "x"}}, ("rope_theta", "a number")),
+        ({"rms_norm_eps": 0}, ("rms_norm_eps=0", "above 0")),
+    ],
+)
+def test_a_config_that_makes_no_sense(folder, change, words):
+    edit_config(folder, **change)
+    refused(folder, *words)
+
+
+def test_no_quantization_is_no_reason_to_refuse(folder):
+    edit_config(folder, quantization_config=None)
+    from_pretrained(folder)
+
+
+@pytest.mark.parametrize("name", ["..", ".", "", "x.bin", "n" * 300 + ".safetensors"])
+def test_an_index_of_impossible_names(folder, name):
+    (folder / "model.safetensors").unlink()
+    index = {"weight_map": {"model.norm.weight": name}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    refused(folder, "model.norm.weight" if len(name) > 99 else repr(name))
+
+
+def test_a_name_twice_in_a_header(folder):
+    entry = '"a": {"dtype": "U8", "shape": [1], "data_offsets": [0, 1]}'
+    header = f"{{{entry}, {entry}}}".encode()
+    (folder / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + b"0")
+    refused(folder, "model.safetensors", "damaged")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"rope": False}, ("rope=False",)),
+        ({"clip_qkv": 8.0}, ("clip_qkv=8.0",)),
+        ({"mask_token_id": 40}, ("mask_token_id=40", "40")),
+        ({"n_heads": 5}, ("n_heads=5", "d_model=24")),
+        ({"n_kv_heads": 2}, ("n_kv_heads=2", "n_heads=3")),
+    ],
+)
+def test_a_llada_config_that_cannot_be_run(tmp_path, change, words):
+    model = build(CONFIGS["llada"])
+    save_pretrained(model, random_params(model), tmp_path / "a")
+    from_pretrained(tmp_path / "a")
+    edit_config(tmp_path / "a", **change)
+    refused(tmp_path / "a", *words)
+
+
+def test_the_python_files_of_a_checkpoint_are_carried_and_never_run(tmp_path):
+    model = build(CONFIGS["llada"])
+    save_pretrained(model, random_params(model), tmp_path / "a")
+    code = {"AutoModel": "modeling_llada.LLaDAModelLM", "AutoConfig": "../evil.X"}
+    edit_config(tmp_path / "a", auto_map=code)
+    (tmp_path / "a" / "modeling_llada.py").write_text("raise SystemExit('run')")
+    (tmp_path / "evil.py").write_text("raise SystemExit('run')")
+    loaded = from_pretrained(tmp_path / "a")
+    save_pretrained(loaded, loaded.params, tmp_path / "b")
+    assert (tmp_path / "b" / "modeling_llada.py").exists()
+    assert not list((tmp_path / "b").glob("*evil*"))

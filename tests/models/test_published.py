@@ -9,7 +9,7 @@ from ais_jax.models import LladaConfig, Qwen3_5Config, build
 from ais_jax.models.checkpoint import tensors_of
 from ais_jax.models.published import PUBLISHED
 
-# As their model cards and indices say, where that was readable.
+# As their model cards and indices say, or from their published sizes by hand.
 KNOWN = {
     "Qwen3-0.6B": 596_049_920,
     "Qwen3-1.7B": 1_720_574_976,
@@ -17,7 +17,10 @@ KNOWN = {
     "Qwen3-8B": 8_190_735_360,
     "Qwen3-14B": 14_768_307_200,
     "Qwen3-32B": 32_762_123_264,
+    "Qwen3.5-0.8B": 752_393_024,
+    "Qwen3.5-4B": 4_205_751_296,
     "Qwen3.5-9B": 8_953_803_264,
+    "Qwen3.5-27B": 26_895_998_464,
     "LLaDA-8B-Base": 8_015_581_184,
     "LLaDA-8B-Instruct": 8_015_581_184,
     "SmolLM2-135M-Instruct": 134_515_008,
@@ -54,6 +57,7 @@ def test_parameter_counts(name):
     config = PUBLISHED[name]
     sizes = [math.prod(x.shape) for x in jax.tree.leaves(build(config).abstract_params())]
     assert sum(sizes) == count_by_hand(config)
-    assert sum(sizes) == KNOWN.get(name, sum(sizes))
+    if name in KNOWN:  # Qwen3.5-2B's count was not to be had
+        assert sum(sizes) == KNOWN[name]
     tensors = tensors_of(config)
     assert len({t.name for t in tensors}) == len(tensors) == TENSORS.get(name, len(tensors))
