@@ -1,4 +1,5 @@
 """Tiny random models of transformers, and this library's reading of them."""
+# ruff: noqa: E402
 
 from __future__ import annotations
 
@@ -7,15 +8,20 @@ import functools
 import pathlib
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-import torch
+import pytest
+
+torch = pytest.importorskip("torch", reason="needs PyTorch: make parity")
+
 import transformers
+from safetensors import safe_open
 
 from ais_jax.models import Model, from_pretrained, positions_of
 from ais_jax.models.pretrained import PretrainedModel
 
-# torch and transformers warn of their own matters; everything else stays an error.
-QUIET = ()
+# Of logits, by family: rounding the embedding once moves Qwen3.5's by 1e-4.
+NOISE = {"qwen3": 1e-4, "llama": 1e-4, "qwen3_5": 5e-4, "smollm2": 5e-4}
 VOCAB, STEPS = 61, 3
 # More than the 64 tokens that gated delta nets take in one piece.
 WIDTH = 70
@@ -33,6 +39,9 @@ def _attention(heads: int, kv_heads: int, head_dim: int, tied: bool, layers: int
         "head_dim": head_dim,
         "tie_word_embeddings": tied,
         "max_position_embeddings": 512,
+        # Large enough to be seen; and with a small one, the norm of a nearly empty linear state
+        # would amplify float32 noise a thousand times.
+        "rms_norm_eps": 1e-2,
         "pad_token_id": None,
         "bos_token_id": None,
         "eos_token_id": None,
@@ -46,7 +55,7 @@ def _qwen3(*sizes, theta: float = 1e6):
 
 def _llama(*sizes, theta: float = 1e4):
     rope = {"rope_type": "default", "rope_theta": theta}
-    return transformers.LlamaConfig(**_attention(*sizes), rope_parameters=rope, rms_norm_eps=1e-5)
+    return transformers.LlamaConfig(**_attention(*sizes), rope_parameters=rope)
 
 
 def _qwen3_5(*sizes, linear: tuple[int, int, int, int]):
@@ -71,19 +80,26 @@ def _qwen3_5(*sizes, linear: tuple[int, int, int, int]):
 
 # query heads, key heads, their size (never hidden size / heads), tied
 CASES = {
-    "qwen3-tied": lambda: _qwen3(4, 2, 16, True),
     "qwen3-untied": lambda: _qwen3(4, 4, 6, False, theta=1e4),
-    "qwen3-5-heads": lambda: _qwen3(5, 5, 12, False),
-    "qwen3-6-on-2": lambda: _qwen3(6, 2, 10, True),
+    "qwen3-5-heads": lambda: _qwen3(5, 5, 18, False),
+    "qwen3-6-on-2": lambda: _qwen3(6, 2, 8, True),
     "qwen3-3-on-1": lambda: _qwen3(3, 1, 14, False),
-    "llama-tied": lambda: _llama(4, 2, 16, True),
     "llama-untied": lambda: _llama(4, 4, 6, False, theta=5e5),
-    "llama-5-heads": lambda: _llama(5, 5, 12, True),
-    "llama-6-on-2": lambda: _llama(6, 2, 10, False),
+    "llama-5-heads": lambda: _llama(5, 5, 18, True),
+    "llama-6-on-2": lambda: _llama(6, 2, 8, False),
     "llama-3-on-1": lambda: _llama(3, 1, 14, False),
     "qwen3_5-values-1x": lambda: _qwen3_5(4, 2, 16, False, linear=(3, 3, 8, 8)),
     "qwen3_5-values-2x": lambda: _qwen3_5(3, 1, 16, True, linear=(2, 4, 8, 6)),
     "qwen3_5-values-3x": lambda: _qwen3_5(5, 5, 16, False, linear=(1, 3, 6, 10)),
+}
+VISION = {
+    "depth": 1,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_heads": 2,
+    "out_hidden_size": 60,
+    "num_position_embeddings": 4,
+    "patch_size": 4,
 }
 
 
@@ -99,7 +115,7 @@ def randomize(model: torch.nn.Module) -> torch.nn.Module:
         elif name.endswith(("embed_tokens.weight", "lm_head.weight")):
             parameter.copy_(3 * noise / parameter.shape[1] ** 0.5)
         else:
-            parameter.copy_(1.5 * noise / parameter[0].numel() ** 0.5)
+            parameter.copy_(noise / parameter[0].numel() ** 0.5)
     return model.eval()
 
 
@@ -120,6 +136,21 @@ def make_pair(name: str, folder: pathlib.Path) -> Pair:
         CASES[name](), dtype=torch.float32, attn_implementation="eager"
     )
     randomize(theirs).save_pretrained(folder)
+    return Pair(name, theirs, folder, from_pretrained(folder, "float32"))
+
+
+def make_multimodal(name: str, folder: pathlib.Path) -> Pair:
+    """The same with a vision part, and names as published."""
+    text = CASES[name]()
+    config = transformers.Qwen3_5Config(
+        text_config=text.to_dict(),
+        vision_config=VISION,
+        tie_word_embeddings=text.tie_word_embeddings,
+    )
+    torch.manual_seed(7)
+    kind = transformers.Qwen3_5ForConditionalGeneration
+    theirs = randomize(kind._from_config(config, attn_implementation="eager"))
+    theirs.save_pretrained(folder)
     return Pair(name, theirs, folder, from_pretrained(folder, "float32"))
 
 
@@ -148,7 +179,7 @@ def their_logits(model, ids: np.ndarray, mask: np.ndarray | None = None) -> np.n
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def our_logits(model: Model, params, ids, mask=None) -> jax.Array:
+def our_logits(model: Model, params, ids, mask) -> jax.Array:
     """The same here."""
     return model.logits(params, ids, mask)
 
@@ -160,3 +191,55 @@ def load_theirs(folder: pathlib.Path, kind=transformers.AutoModelForCausalLM, dt
     )
     assert not any(info.values()), info
     return model.eval()
+
+
+def close(ours, theirs, name: str) -> None:
+    """Equal up to float32 noise, on logits that are large enough to tell."""
+    assert np.std(theirs) > 1
+    np.testing.assert_allclose(ours, theirs, rtol=0, atol=NOISE[name.partition("-")[0]])
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def our_gradients(model: Model, params, ids, mask):
+    """Of the sum of the log-probs of all real tokens that follow a real one."""
+
+    def total(params):
+        logps = jax.nn.log_softmax(model.logits(params, ids, mask)[:, :-1])
+        chosen = jnp.take_along_axis(logps, ids[:, 1:, None], axis=-1)[..., 0]
+        return jnp.sum(chosen, where=mask[:, 1:] & mask[:, :-1])
+
+    return jax.grad(total)(params)
+
+
+def their_gradients(model, ids: np.ndarray, mask: np.ndarray) -> dict[str, np.ndarray]:
+    """The same by torch's autograd, by name."""
+    model.zero_grad()
+    positions = tensor(positions_of(mask))
+    logits = model(
+        input_ids=tensor(ids),
+        attention_mask=tensor(mask),
+        position_ids=positions,
+        use_cache=False,
+    ).logits
+    logps = torch.log_softmax(logits[:, :-1], -1)
+    chosen = torch.take_along_dim(logps, tensor(ids)[:, 1:, None], dim=-1)[..., 0]
+    chosen[torch.tensor(mask[:, 1:] & mask[:, :-1])].sum().backward()
+    return {name: p.grad.numpy() for name, p in model.named_parameters()}
+
+
+def stored(folder: pathlib.Path) -> tuple[dict[str, torch.Tensor], int]:
+    """Tensors of a checkpoint by name, and how many files they are in."""
+    tensors: dict[str, torch.Tensor] = {}
+    files = sorted(folder.glob("*.safetensors"))
+    for file in files:
+        with safe_open(file, "pt") as shard:
+            tensors |= {name: shard.get_tensor(name) for name in shard.keys()}  # noqa: SIM118
+    return tensors, len(files)
+
+
+def assert_same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
+    """Names, dtypes and bits."""
+    assert a.keys() == b.keys()
+    for name in a:
+        assert a[name].dtype == b[name].dtype, name
+        assert torch.equal(a[name], b[name]), name
