@@ -267,7 +267,7 @@ def test_an_index_cannot_lead_out_of_the_folder(folder):
     (folder / "model.safetensors").unlink()
     index = {"weight_map": {"model.norm.weight": "../other.safetensors"}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    refused(folder, "../other.safetensors", "not the name of a file")
+    refused(folder, "../other.safetensors", "not the name of a safetensors file")
 
 
 def test_nothing_is_left_half_written(tmp_path):
