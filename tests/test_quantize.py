@@ -184,6 +184,7 @@ def test_quantizes_the_weights_that_the_trainer_multiplies(fmt):
 def tree(layers=2, d=128, f=384):
     shapes = dict.fromkeys(("q_proj", "k_proj", "v_proj", "o_proj"), (layers, d, d))
     shapes |= {"gate_proj": (layers, d, f), "up_proj": (layers, d, f), "down_proj": (layers, f, d)}
+    shapes |= dict.fromkeys(("in_proj_qkv", "in_proj_z", "out_proj"), (layers, d, d))
     kernels = {name: jnp.asarray(normal(i, *s)) for i, (name, s) in enumerate(shapes.items())}
     return {
         "embed_tokens": jnp.asarray(normal(20, 512, d)),

@@ -131,13 +131,21 @@ def swiglu(x: jax.Array, gate: jax.Array, up: jax.Array, down: jax.Array) -> jax
 
 
 class LanguageModel(nnx.Module):
-    """Embedding, final norm and output layer; an architecture adds `layers` and `hidden`."""
+    """Embedding, blocks, final norm and output layer; an architecture adds `hidden`."""
 
-    def __init__(self, config, *, rngs: nnx.Rngs, norm_init=jax.nn.initializers.ones):
+    def __init__(
+        self,
+        config,
+        blocks: Callable[..., nnx.Module],
+        *,
+        rngs: nnx.Rngs,
+        norm_init=jax.nn.initializers.ones,
+    ):
         self.config = config
         init = jax.nn.initializers.normal(0.02)
         shape, axes = (config.vocab_size, config.hidden_size), ("vocab", "embed")
         self.embed_tokens = param(rngs, shape, axes, init)
+        self.layers = blocks(config, rngs=rngs)
         self.norm = scale(rngs, (), config.hidden_size, norm_init)
         if not config.tie_word_embeddings:
             self.lm_head = param(rngs, shape[::-1], axes[::-1], init)

@@ -119,8 +119,7 @@ class Network(layers.LanguageModel):
     """Embedding, scanned blocks, final norm and output layer."""
 
     def __init__(self, config: Qwen3Config, *, rngs: nnx.Rngs):
-        super().__init__(config, rngs=rngs)
-        self.layers = Blocks(config, rngs=rngs)
+        super().__init__(config, Blocks, rngs=rngs)
 
     def attention_mask(self, key_mask, queries: int, index):
         """Which of the keys [B, S] each query may see: those up to its own place."""

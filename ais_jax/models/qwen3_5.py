@@ -314,8 +314,7 @@ class Network(layers.LanguageModel):
     """Embedding, scanned groups, final norm and output layer."""
 
     def __init__(self, config: Qwen3_5Config, *, rngs: nnx.Rngs):
-        super().__init__(config, rngs=rngs, norm_init=jax.nn.initializers.zeros)
-        self.layers = Groups(config, rngs=rngs)
+        super().__init__(config, Groups, rngs=rngs, norm_init=jax.nn.initializers.zeros)
 
     def hidden(
         self, tokens, positions, key_mask, cache: HybridCache | None, index, dtype, remat: bool
