@@ -179,8 +179,8 @@ def open_checkpoint(path: str | pathlib.Path) -> Checkpoint:
     return open_gguf(path)
 
 
-def config_of(raw: dict[str, Any], where: str = "") -> ModelConfig:
-    """The sizes in a published config.json.
+def config_of(raw: dict[str, Any], where: str) -> ModelConfig:
+    """The sizes in the published config.json of the checkpoint at `where`.
 
     Raises:
       UserError: unknown model_type, or what the family refuses.
@@ -191,11 +191,9 @@ def config_of(raw: dict[str, Any], where: str = "") -> ModelConfig:
             try:
                 return module.from_hf(raw)
             except UserError as error:
-                raise UserError(f"{where}{': ' if where else ''}{error}") from None
+                raise UserError(f"{where}: {error}") from None
     known = ", ".join(name for module in FAMILIES for name in module.MODEL_TYPES)
-    raise UserError(
-        f"{where}{': ' if where else ''}config.json: model_type={kind!r} is unknown; one of {known}"
-    )
+    raise UserError(f"{where}: config.json: model_type={kind!r} is unknown; one of {known}")
 
 
 def tensors_of(config: ModelConfig, names: set[str] | None = None) -> list[naming.Tensor]:

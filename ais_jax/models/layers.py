@@ -42,16 +42,17 @@ def scale(
 
 def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
     """x / rms(x) * weight over the last axis: float32 statistics, cast back, then the weight."""
-    x32 = x.astype(jnp.float32)
-    normed = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
-    return normed.astype(x.dtype) * weight.astype(x.dtype)
+    return _over_rms(x, eps).astype(x.dtype) * weight.astype(x.dtype)
 
 
 def rms_norm_zero_centred(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
     """x / rms(x) * (1 + weight) over the last axis, in float32; cast back at the end."""
+    return (_over_rms(x, eps) * (1 + weight.astype(jnp.float32))).astype(x.dtype)
+
+
+def _over_rms(x: jax.Array, eps: float) -> jax.Array:
     x32 = x.astype(jnp.float32)
-    normed = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
-    return (normed * (1 + weight.astype(jnp.float32))).astype(x.dtype)
+    return x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
 
 
 def rotary_angles(positions: jax.Array, head_dim: int, theta: float) -> tuple[jax.Array, jax.Array]:

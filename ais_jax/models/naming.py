@@ -7,10 +7,6 @@ from collections.abc import Iterator, Mapping
 
 Path = tuple[str, ...]
 
-# A linear's kernel is [in, out] here and [out, in] in checkpoints; a depthwise convolution's is
-# [channels, width] here and [channels, 1, width] there.
-LAYOUTS = ("same", "transposed", "conv")
-
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
@@ -20,7 +16,8 @@ class Tensor:
       name: in the checkpoint.
       path: of the parameter.
       index: position on the parameter's stacked axes; () if it is not stacked.
-      layout: one of `LAYOUTS`.
+      layout: "same"; "transposed", of a linear's kernel, which is [in, out] here and [out, in] in
+        checkpoints; or "conv", of a depthwise one, [channels, width] and [channels, 1, width].
     """
 
     name: str

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import math
 import os
 import re
@@ -50,25 +49,20 @@ class Options:
     terms: int = common.option(2, "how many numbers a problem has, 2 to 4")
 
     def __post_init__(self):
-        _check("min_number", self.min_number, self.min_number >= 0, "at least 0")
-        _check(
+        common.check_option("min_number", self.min_number, self.min_number >= 0, "at least 0")
+        common.check_option(
             "max_number",
             self.max_number,
             self.min_number <= self.max_number <= _LARGEST_NUMBER,
             f"from min_number={self.min_number} to {_LARGEST_NUMBER}",
         )
-        _check(
+        common.check_option(
             "operators",
             self.operators,
             0 < len(self.operators) == len(set(self.operators) & set("+-*")),
             "one or more of + - *, each once",
         )
-        _check("terms", self.terms, self.terms in (2, 3, 4), "2, 3 or 4")
-
-
-def _check(name: str, value, ok: bool, what: str) -> None:
-    if not ok:
-        raise ValueError(f"{name}={value!r} must be {what}")
+        common.check_option("terms", self.terms, self.terms in (2, 3, 4), "2, 3 or 4")
 
 
 def generate(
@@ -215,23 +209,10 @@ def load(path: str | os.PathLike) -> list[dict]:
     Raises:
       UserError: the file cannot be read or a line is malformed.
     """
-    text = common.read_text(path, f"lines such as {_FILE_LINE}")
-    examples = []
-    for number, line in enumerate(text.split("\n"), 1):
-        if line.strip():
-            try:
-                examples.append(_read_line(line))
-            except (ValueError, RecursionError):
-                raise common.line_error(path, number, line, _FILE_LINE) from None
-    if not examples:
-        raise common.line_error(path, 1, "", _FILE_LINE)
-    return examples
+    return common.read_lines(path, _read_row, _FILE_LINE)
 
 
-def _read_line(line: str) -> dict:
-    row = json.loads(line)
-    if not isinstance(row, dict):
-        raise ValueError("not an object")
+def _read_row(row: dict) -> dict:
     problem, answer = row.get("problem"), row.get("answer")
     if not isinstance(problem, str) or not _PROBLEM.fullmatch(problem):
         raise ValueError("not a problem")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import json
 import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any
@@ -26,6 +27,12 @@ _BOXED = "\\boxed"
 def option(default: Any, doc: str) -> Any:
     """A dataclass field with its line of help."""
     return dataclasses.field(default=default, metadata={"doc": doc})
+
+
+def check_option(name: str, value: Any, ok: bool, what: str) -> None:
+    """Raises ValueError, naming the option and what it must be, unless `ok`."""
+    if not ok:
+        raise ValueError(f"{name}={value!r} must be {what}")
 
 
 def check_style(style: str) -> None:
@@ -165,6 +172,33 @@ def read_text(path: str | os.PathLike, expected: str) -> str:
         raise UserError(f"{path}: {error.strerror}; expected {expected}") from None
     except ValueError:
         raise UserError(f"{path}: not UTF-8 text; expected {expected}") from None
+
+
+def read_lines(
+    path: str | os.PathLike, read_row: Callable[[dict], dict], expected: str
+) -> list[dict]:
+    """An example of each line of a JSON-lines file; blank lines are skipped.
+
+    Args:
+      read_row: from a line's object to an example; raises ValueError if it is none.
+      expected: what a line should be, for errors.
+
+    Raises:
+      UserError: the file cannot be read, a line is malformed, or there is none.
+    """
+    examples = []
+    for number, line in enumerate(read_text(path, f"lines such as {expected}").split("\n"), 1):
+        if line.strip():
+            try:
+                row = json.loads(line)
+                if not isinstance(row, dict):
+                    raise ValueError("not an object")
+                examples.append(read_row(row))
+            except (ValueError, RecursionError):
+                raise line_error(path, number, line, expected) from None
+    if not examples:
+        raise line_error(path, 1, "", expected)
+    return examples
 
 
 def line_error(path: str | os.PathLike, line: int, text: object, expected: str) -> UserError:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-import json
 import math
 import os
 import re
@@ -51,26 +50,21 @@ class Options:
     parentheses: bool = common.option(False, "demonstrations may need parentheses")
 
     def __post_init__(self):
-        _check("numbers", self.numbers, self.numbers in (3, 4), "3 or 4")
-        _check("min_number", self.min_number, self.min_number >= 1, "at least 1")
-        _check(
+        common.check_option("numbers", self.numbers, self.numbers in (3, 4), "3 or 4")
+        common.check_option("min_number", self.min_number, self.min_number >= 1, "at least 1")
+        common.check_option(
             "max_number",
             self.max_number,
             self.min_number <= self.max_number <= _LARGEST_NUMBER,
             f"from min_number={self.min_number} to {_LARGEST_NUMBER}",
         )
-        _check("max_target", self.max_target, self.max_target >= 1, "at least 1")
-        _check(
+        common.check_option("max_target", self.max_target, self.max_target >= 1, "at least 1")
+        common.check_option(
             "operators",
             self.operators,
             0 < len(self.operators) == len(set(self.operators) & set("+-*/")),
             "one or more of + - * /, each once",
         )
-
-
-def _check(name: str, value, ok: bool, what: str) -> None:
-    if not ok:
-        raise ValueError(f"{name}={value!r} must be {what}")
 
 
 def generate(
@@ -292,23 +286,10 @@ def load(path: str | os.PathLike) -> list[dict]:
     Raises:
       UserError: the file cannot be read or a line is malformed.
     """
-    text = common.read_text(path, f"lines such as {_FILE_LINE}")
-    examples = []
-    for number, line in enumerate(text.split("\n"), 1):
-        if line.strip():
-            try:
-                examples.append(_read_line(line))
-            except (ValueError, RecursionError):
-                raise common.line_error(path, number, line, _FILE_LINE) from None
-    if not examples:
-        raise common.line_error(path, 1, "", _FILE_LINE)
-    return examples
+    return common.read_lines(path, _read_row, _FILE_LINE)
 
 
-def _read_line(line: str) -> dict:
-    row = json.loads(line)
-    if not isinstance(row, dict):
-        raise ValueError("not an object")
+def _read_row(row: dict) -> dict:
     if "input" in row:
         numbers = [_whole(x) for x in str(row["input"]).split(",")]
         return {"numbers": numbers, "target": _whole(row.get("output"))}
