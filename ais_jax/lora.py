@@ -22,7 +22,7 @@ from ais_jax.linear import LoraArray
 from ais_jax.models.checkpoint import leaf, tensors_of
 from ais_jax.models.model import Model, Params
 from ais_jax.models.naming import Path, Tensor
-from ais_jax.settings import at_least, setting
+from ais_jax.settings import at_least, positive, setting
 
 # These leave activations alone, so there is a gradient.
 BASE_RECIPES = ("none", "fp8_weight_only", "int8_weight_only")
@@ -43,8 +43,7 @@ class LoraConfig:
 
     def __post_init__(self):
         at_least(self, 1, "rank")
-        if self.alpha <= 0:
-            raise ValueError(f"alpha={self.alpha} must be above 0")
+        positive(self, "alpha")
 
     @property
     def scale(self) -> float:

@@ -168,12 +168,8 @@ def call_block(
     block: nnx.Module, call: Callable, x: jax.Array, cache: Any, remat: bool
 ) -> tuple[jax.Array, Any]:
     """call(block, x, cache), recomputed in the backward pass if `remat`."""
-    graphdef, params = nnx.split(block)
-
-    def run(params, x, cache):
-        return call(nnx.merge(graphdef, params), x, cache)
-
-    return (jax.checkpoint(run) if remat else run)(params, x, cache)
+    run, params = _with_params(block, call, remat)
+    return run(x, (params, cache))
 
 
 def scan_blocks(
@@ -191,10 +187,16 @@ def scan_blocks(
     Returns:
       (x, the new cache of all blocks).
     """
-    graphdef, stacked = nnx.split(blocks)
+    run, stacked = _with_params(blocks, call, remat)
+    return jax.lax.scan(run, x, (stacked, cache))
 
-    def block(x, inputs):
-        params, layer_cache = inputs
-        return call(nnx.merge(graphdef, params), x, layer_cache)
 
-    return jax.lax.scan(jax.checkpoint(block) if remat else block, x, (stacked, cache))
+def _with_params(block: nnx.Module, call: Callable, remat: bool) -> tuple[Callable, Any]:
+    """(x, (parameters, cache)) -> call(block, x, cache) as a function, and the parameters."""
+    graphdef, params = nnx.split(block)
+
+    def run(x, inputs):
+        params, cache = inputs
+        return call(nnx.merge(graphdef, params), x, cache)
+
+    return jax.checkpoint(run) if remat else run, params
