@@ -20,15 +20,15 @@ train: $(VENV)/.installed
 	$(BIN)/ais-jax train $(CONFIG) $(ARGS)
 
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2
 
 # The short list of tests, for another Python: make smoke PYTHON=python3.12 VENV=.venv-3.12
 smoke: $(VENV)/.installed
-	$(BIN)/python -m pytest -m smoke
+	$(BIN)/python -m pytest -n 2 -m smoke
 
 # The models are tiny: most of the time would go into optimizing their programs.
 parity: $(PARITY)/.parity
-	XLA_FLAGS=--xla_backend_optimization_level=0 $(PARITY)/bin/python -m pytest -m parity
+	XLA_FLAGS=--xla_backend_optimization_level=0 $(PARITY)/bin/python -m pytest -n 2 -m parity
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff format --check .

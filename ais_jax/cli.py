@@ -125,12 +125,17 @@ def _add_generate(commands) -> None:
     add("--temperature", type=float, default=0.0, metavar="T", help="default 0, greedy")
     add("--samples", type=int, default=1, metavar="N", help="completions, default 1")
     add("--seed", type=int, default=0, metavar="N", help="default 0")
-    add("--block", type=int, default=32, metavar="N", help="diffusion: block length, default 32")
-    add("--steps", type=int, default=32, metavar="N", help="diffusion: forwards a block")
     add(
         "--dtype",
         choices=("bfloat16", "float32"),
         help="of parameters and activations; default float32 on a CPU, bfloat16 elsewhere",
+    )
+    add(
+        "--diffusion",
+        nargs="+",
+        default=[],
+        metavar="KEY=VALUE",
+        help="of diffusion models, keys of rollout.diffusion: block_length=32 steps=64 ...",
     )
     generate.set_defaults(run=_generate)
 
@@ -146,8 +151,7 @@ def _generate(args) -> int:
         recipe=args.recipe,
         seed=args.seed,
         samples=args.samples,
-        block=args.block,
-        steps=args.steps,
+        diffusion=_diffusion(args.diffusion),
     )
     dtype = args.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
     policy = policies.load_policy(args.model, dtype)
@@ -161,6 +165,16 @@ def _generate(args) -> int:
     rate = result.tokens / result.seconds
     print(f"{result.tokens} tokens, {rate:.1f} tokens/s", file=sys.stderr)
     return 0
+
+
+def _diffusion(overrides: list[str]):
+    from ais_jax import settings
+    from ais_jax.sampling import DiffusionConfig
+
+    if not overrides:
+        return None
+    changes = [settings.parse_override(text) for text in overrides]
+    return settings.build(DiffusionConfig, settings.apply_overrides({}, changes), "--diffusion")
 
 
 def _add_convert(commands) -> None:

@@ -17,8 +17,9 @@ from ais_jax.mesh import MeshConfig
 from ais_jax.models import LladaConfig, ModelConfig, Qwen3_5Config, Qwen3Config
 from ais_jax.models.published import PUBLISHED
 from ais_jax.quantize import RECIPES
+from ais_jax.sampling.diffusion_config import DiffusionConfig
 from ais_jax.settings import at_least, setting
-from ais_jax.tasks import TASKS, arithmetic, countdown, sudoku
+from ais_jax.tasks import TASKS, arithmetic, countdown, gsm8k, math, sudoku
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,6 +89,8 @@ class TaskConfig:
     arithmetic: arithmetic.Options = setting(
         doc="options of the arithmetic generator", default_factory=arithmetic.Options
     )
+    gsm8k: gsm8k.Options = setting(doc="training problems of GSM8K", default_factory=gsm8k.Options)
+    math: math.Options = setting(doc="training problems of MATH", default_factory=math.Options)
 
     def __post_init__(self):
         at_least(self, 1, "train_examples", "heldout_examples")
@@ -131,6 +134,10 @@ class RolloutConfig:
     max_prompt_tokens: int = setting(32, "prompts are padded to this length")
     max_new_tokens: int = setting(32, "completions are cut at this length")
     score_chunk: int = setting(128, "positions whose logits exist at the same time while scoring")
+    diffusion: DiffusionConfig = setting(
+        doc="how diffusion models are sampled and scored; others ignore it",
+        default_factory=DiffusionConfig,
+    )
 
     def __post_init__(self):
         at_least(self, 1, "max_prompt_tokens", "max_new_tokens", "score_chunk")

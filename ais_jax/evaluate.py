@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from types import ModuleType
 
 import jax
 import numpy as np
@@ -15,6 +16,11 @@ from ais_jax.sampling.prompts import Prompter
 Evaluator = Callable[[Params, list[dict]], dict[str, float]]
 
 
+def measures(task: ModuleType) -> dict[str, Callable]:
+    """What is measured of a task's completions by name: a number, or one a completion."""
+    return {"accuracy": task.score, **getattr(task, "MEASURES", {})}
+
+
 def build_evaluator(
     policy: Policy,
     prompter: Prompter,
@@ -23,28 +29,33 @@ def build_evaluator(
     max_new_tokens: int,
     seed: int = 0,
 ) -> Evaluator:
-    """A function (params, examples) -> {"accuracy", "sampled_accuracy"}.
+    """A function (params, examples) -> {"accuracy", "sampled_accuracy", ...}.
 
     `accuracy` is the share of examples solved by greedy decoding, `sampled_accuracy` by one sample
-    at the policy's own temperature. Prompts may be longer than those of training.
+    at the policy's own temperature; further ones are the task's `MEASURES`. Prompts may be longer
+    than those of training.
     """
-    sampling = dataclasses.replace(policy.sampling, max_new_tokens=max_new_tokens)
+    sampling = policy.sampling.resized(max_new_tokens)
     programs = {}
-    for name, temperature in (("accuracy", 0.0), ("sampled_accuracy", sampling.temperature)):
+    for prefix, temperature in (("", 0.0), ("sampled_", sampling.temperature)):
         at = dataclasses.replace(sampling, temperature=temperature)
-        programs[name] = jax.jit(dataclasses.replace(policy, sampling=at).rollout)
+        programs[prefix] = jax.jit(dataclasses.replace(policy, sampling=at).rollout)
 
     def evaluate(params: Params, examples: list[dict]) -> dict[str, float]:
         fitting = prompter.fitting(examples)
-        solved: dict[str, list[float]] = {name: [] for name in programs}
+        texts: dict[str, list[str]] = {prefix: [] for prefix in programs}
         for start in range(0, len(examples), batch_size):
             part = examples[start : start + batch_size]
             padded = part + [part[-1]] * (batch_size - len(part))
             prompts = [put(x) for x in fitting.prompts(padded)]
             keys = put(jax.random.split(jax.random.key(seed + start), batch_size))
-            for name, program in programs.items():
-                texts = prompter.completions(program(params, *prompts, keys))[: len(part)]
-                solved[name].extend(prompter.task.score(texts, part))
-        return {name: float(np.mean(values)) for name, values in solved.items()}
+            for prefix, program in programs.items():
+                rollout = program(params, *prompts, keys)
+                texts[prefix] += prompter.completions(rollout)[: len(part)]
+        return {
+            prefix + name: float(np.mean(measure(found, examples)))
+            for prefix, found in texts.items()
+            for name, measure in measures(prompter.task).items()
+        }
 
     return evaluate

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import time
 
 import jax
@@ -11,9 +10,10 @@ import numpy as np
 
 from ais_jax import quantize
 from ais_jax.errors import UserError
-from ais_jax.models import LladaConfig, Model, Params
+from ais_jax.models import Model, Params
 from ais_jax.models.tokenizers import TextTokenizer, Tokenizer
-from ais_jax.sampling import SamplingConfig, autoregressive, diffusion
+from ais_jax.sampling import DiffusionConfig, Policy, SamplingConfig
+from ais_jax.sampling.diffusion import check_prompt
 
 _MOST, _HOTTEST = 1_000_000, 100
 
@@ -28,8 +28,8 @@ class Options:
       recipe: quantization, a name in `quantize.RECIPES`.
       seed: of the noise.
       samples: completions of the prompt.
-      block: of diffusion models, positions filled before the next are begun.
-      steps: of diffusion models, forwards a block.
+      diffusion: how a diffusion model fills a completion in; None takes blocks of 32, or one of
+        the whole length if that is less, and commits one token a step.
     """
 
     max_new_tokens: int = 256
@@ -37,11 +37,10 @@ class Options:
     recipe: str = "none"
     seed: int = 0
     samples: int = 1
-    block: int = 32
-    steps: int = 32
+    diffusion: DiffusionConfig | None = None
 
     def __post_init__(self):
-        for name in ("max_new_tokens", "samples", "block", "steps"):
+        for name in ("max_new_tokens", "samples"):
             if not 1 <= getattr(self, name) <= _MOST:
                 raise UserError(f"{name}={getattr(self, name)} must be from 1 to {_MOST}")
         if not 0 <= self.temperature <= _HOTTEST:
@@ -92,49 +91,37 @@ def generate(
     """
     if not ids:
         raise UserError("the prompt is empty")
+    check_prompt(ids, model.mask_id)
+    sampling = _sampling(model, tokenizer, options)
     copy = jax.jit(lambda p: quantize.prepare(quantize.quantize(p, options.recipe, model.dtype)))(
         params
     )
     prompts = np.tile(np.array(ids, np.int32), (options.samples, 1))
     keys = jax.random.split(jax.random.key(options.seed), options.samples)
-    if isinstance(model.config, LladaConfig):
-        program = jax.jit(functools.partial(_diffuse, model, tokenizer, options))
-    else:
-        program = jax.jit(functools.partial(_continue, model, tokenizer, options))
-    compiled = program.lower(copy, prompts, keys).compile()
+    args = (copy, prompts, np.ones(prompts.shape, bool), keys)
+    compiled = jax.jit(Policy(model, sampling).rollout).lower(*args).compile()
     began = time.perf_counter()
-    tokens, mask = (np.asarray(x) for x in compiled(copy, prompts, keys))
+    rollout = jax.block_until_ready(compiled(*args))
+    tokens, mask = np.asarray(rollout.tokens), np.asarray(rollout.mask)
     seconds = time.perf_counter() - began
     texts = [tokenizer.decode(row[kept]) for row, kept in zip(tokens, mask, strict=True)]
     return Generated(texts, int(mask.sum()), seconds)
 
 
-def _continue(model, tokenizer, options, params, prompts, keys):
-    sampling = SamplingConfig(
-        options.max_new_tokens,
-        options.temperature,
-        tokenizer.pad_id,
-        tokenizer.eos_ids,
-        tokenizer.size,
-    )
-    mask = jax.numpy.ones(prompts.shape, bool)
-    rollout = autoregressive.rollout(model, params, prompts, mask, keys, sampling)
-    return rollout.tokens, rollout.mask
-
-
-def _diffuse(model, tokenizer, options, params, prompts, keys):
-    block = min(options.block, options.max_new_tokens)
+def _sampling(model: Model, tokenizer: Tokenizer, options: Options) -> SamplingConfig:
+    """Raises UserError where the options do not fit the model."""
     try:
-        config = diffusion.DiffusionConfig(
-            max_new_tokens=options.max_new_tokens,
-            block=block,
-            steps=min(options.steps, block),
-            temperature=options.temperature,
-            mask_id=model.config.mask_token_id,
-            token_count=tokenizer.size,
+        diffusion = options.diffusion or DiffusionConfig(min(32, options.max_new_tokens))
+        sampling = SamplingConfig(
+            options.max_new_tokens,
+            options.temperature,
+            tokenizer.pad_id,
+            tokenizer.eos_ids,
+            tokenizer.size,
+            mask_id=-1 if model.mask_id is None else model.mask_id,
+            diffusion=None if model.mask_id is None else diffusion,
         )
+        sampling.check_vocabulary(model.config.vocab_size)
+        return sampling
     except ValueError as error:
         raise UserError(str(error)) from None
-    mask = jax.numpy.ones(prompts.shape, bool)
-    tokens = diffusion.generate(model, params, prompts, mask, keys, config)
-    return tokens, jax.numpy.ones(tokens.shape, bool)

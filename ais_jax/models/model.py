@@ -52,6 +52,11 @@ class Model:
     dtype: str = "bfloat16"
     remat: bool = False
 
+    @property
+    def mask_id(self) -> int | None:
+        """The id of a diffusion model's mask token; None for an autoregressive model."""
+        return self.config.mask_token_id if isinstance(self.config, llada.LladaConfig) else None
+
     @functools.cached_property
     def _abstract(self):
         network = family(self.config).Network

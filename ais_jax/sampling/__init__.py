@@ -9,10 +9,11 @@ import jax
 from ais_jax import lora as lora_lib
 from ais_jax.lora import LoraConfig
 from ais_jax.models import Model, Params
-from ais_jax.sampling import autoregressive
-from ais_jax.sampling.types import Rollout, SamplingConfig
+from ais_jax.sampling import autoregressive, diffusion, estimators
+from ais_jax.sampling.diffusion_config import DiffusionConfig
+from ais_jax.sampling.types import Plan, Rollout, SamplingConfig
 
-__all__ = ["Policy", "Rollout", "SamplingConfig"]
+__all__ = ["DiffusionConfig", "Plan", "Policy", "Rollout", "SamplingConfig"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,9 +57,39 @@ class Policy:
     def rollout(
         self, params: Params, prompts: jax.Array, prompt_mask: jax.Array, keys: jax.Array
     ) -> Rollout:
-        """Samples a completion a row; see `autoregressive.rollout`."""
-        return autoregressive.rollout(self.model, params, prompts, prompt_mask, keys, self.sampling)
+        """Samples a completion a row; see `autoregressive.rollout` and `diffusion.rollout`."""
+        engine = autoregressive if self.sampling.diffusion is None else diffusion
+        return engine.rollout(self.model, params, prompts, prompt_mask, keys, self.sampling)
+
+    def plan(self, rollout: Rollout, keys: jax.Array) -> Rollout:
+        """The rollout, with the canvases at which a diffusion model scores it.
+
+        Args:
+          rollout: as it was sampled.
+          keys: [B] PRNG keys of the masks that are drawn.
+        """
+        if self.sampling.diffusion is None:
+            return rollout
+        return rollout._replace(plan=estimators.draw_plan(rollout, keys, self.sampling))
 
     def score(self, params: Params, batch: Rollout) -> tuple[jax.Array, jax.Array]:
-        """(log-probs, entropy) [B, T] float32 of a rollout; see `autoregressive.score`."""
-        return autoregressive.score(self.model, params, batch, self.sampling)
+        """(log-probs, entropy) [B, T] float32 of a rollout that `plan` has been called on.
+
+        See `autoregressive.score` and `estimators.score`.
+        """
+        engine = autoregressive if self.sampling.diffusion is None else estimators
+        return engine.score(self.model, params, batch, self.sampling)
+
+    @property
+    def recorded(self) -> bool:
+        """Whether scoring replays sampling, so that the log-probs of a rollout are comparable.
+
+        Otherwise the policy that sampled has to be scored on the same plan, or the estimator's bias
+        would be taken for a mismatch.
+        """
+        return self.sampling.diffusion is None or self.sampling.diffusion.recorded
+
+    @property
+    def unbiased(self) -> bool:
+        """Whether the mean importance ratio of a rollout is 1."""
+        return self.sampling.diffusion is None or self.sampling.diffusion.unbiased

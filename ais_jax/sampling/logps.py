@@ -22,13 +22,17 @@ def log_probs(logits: jax.Array, temperature: float, allowed: jax.Array) -> jax.
 
 
 def sample(logps: jax.Array, keys: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Draws a token a row from log-probs [B, V] with its own key [B]; (tokens, their log-probs)."""
+    """Draws tokens [B, ...] from log-probs [B, ..., V], each row with its own key [B].
+
+    Returns:
+      (tokens, their log-probs). The noise is float32: bfloat16 noise would cut the law's tail off.
+    """
     noise = jax.vmap(lambda key: jax.random.gumbel(key, logps.shape[1:], jnp.float32))(keys)
     return pick(logps, jnp.argmax(logps + noise, axis=-1))
 
 
 def greedy(logps: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The most probable token a row of [B, V], and its log-prob."""
+    """The most probable tokens of log-probs [..., V], and their log-probs."""
     return pick(logps, jnp.argmax(logps, axis=-1))
 
 

@@ -10,6 +10,7 @@ import numpy as np
 
 from ais_jax.errors import UserError
 from ais_jax.models.tokenizers import Tokenizer, left_pad
+from ais_jax.sampling.diffusion import check_prompt
 from ais_jax.sampling.types import Rollout
 
 
@@ -26,6 +27,8 @@ class Prompter:
       chat: whether the problem is a user's turn in the tokenizer's chat template.
       enable_thinking: argument of the template; None leaves it out.
       system: system message; None leaves it to the template.
+      mask_id: id that no prompt may hold; of diffusion models, whose completions go on to their
+        full length with end tokens.
     """
 
     task: ModuleType
@@ -36,15 +39,23 @@ class Prompter:
     chat: bool = False
     enable_thinking: bool | None = None
     system: str | None = None
+    mask_id: int | None = None
 
     def prompt_ids(self, example: dict) -> list[int]:
-        """Ids of one prompt."""
+        """Ids of one prompt.
+
+        Raises:
+          UserError: they hold the mask token.
+        """
         text = self.task.prompt(example, self.style)
-        if not self.chat:
-            return self.tokenizer.encode(text)
-        turns = [] if self.system is None else [{"role": "system", "content": self.system}]
-        turns.append({"role": "user", "content": text})
-        return self.tokenizer.chat(turns, self.enable_thinking)  # type: ignore[attr-defined]
+        if self.chat:
+            turns = [] if self.system is None else [{"role": "system", "content": self.system}]
+            turns.append({"role": "user", "content": text})
+            ids = self.tokenizer.chat(turns, self.enable_thinking)  # type: ignore[attr-defined]
+        else:
+            ids = self.tokenizer.encode(text)
+        check_prompt(ids, self.mask_id)
+        return ids
 
     def fitting(self, examples: Sequence[dict]) -> Prompter:
         """The same with room for the longest prompt of `examples`."""
@@ -63,8 +74,10 @@ class Prompter:
         """Prompts with completions, end token included: the task's own solution, or where
         `careless` is true an answer of the right form that does not try."""
         prompts, prompt_mask = self.prompts(examples)
-        tokens = np.full((len(examples), self.max_new_tokens), self.tokenizer.pad_id, np.int32)
-        mask = np.zeros(tokens.shape, bool)
+        whole = self.mask_id is not None
+        filler = self.tokenizer.eos_id if whole else self.tokenizer.pad_id
+        tokens = np.full((len(examples), self.max_new_tokens), filler, np.int32)
+        mask = np.full(tokens.shape, whole)
         for i, (example, lazy) in enumerate(zip(examples, careless, strict=True)):
             text = self.task.careless(example) if lazy else self.task.demonstration(example)
             ids = [*self.tokenizer.encode(text), self.tokenizer.eos_id]

@@ -3,17 +3,19 @@
 `get_task(name)` gives the module. Examples are plain dicts that JSON can hold. Nothing here needs
 jax.
 
-    Options                     frozen dataclass, options of the generator
+    Options                     frozen dataclass, options of the generator; of gsm8k and math, whose
+                                training problems are not made but read: the path of their file
     generate(count, seed, split="train", options=Options(), exclude=()) -> list[dict]
-                                distinct examples, the same for the same arguments everywhere;
-                                split is "train" or "heldout", which share no key
+                                distinct examples, the same for the same arguments (and file)
+                                everywhere; split is "train" or "heldout", which share no key
     key(example) -> str         identity of the problem, whatever the order it is written in
     prompt(example, style="compact") -> str
                                 "compact" for character models, "instruct" for a chat's user turn
     demonstration(example) -> str
                                 the completion that supervised training imitates (compact style)
     careless(example) -> str    a completion of the right form that does not try
-    ALPHABET                    characters that compact prompts and demonstrations can hold
+    ALPHABET                    characters that compact prompts, demonstrations and careless
+                                completions can hold
     reward(completions, examples) -> float32 [B], in [0, 1]
     score(completions, examples) -> float32 [B], 1 where the problem is solved, else 0
     load(path) -> list[dict]    examples of an evaluation file
@@ -26,9 +28,15 @@ import difflib
 from types import ModuleType
 
 from ais_jax.errors import UserError
-from ais_jax.tasks import arithmetic, countdown, sudoku
+from ais_jax.tasks import arithmetic, countdown, gsm8k, math, sudoku
 
-_MODULES = {"countdown": countdown, "sudoku": sudoku, "arithmetic": arithmetic}
+_MODULES = {
+    "countdown": countdown,
+    "sudoku": sudoku,
+    "arithmetic": arithmetic,
+    "gsm8k": gsm8k,
+    "math": math,
+}
 TASKS = tuple(_MODULES)
 
 

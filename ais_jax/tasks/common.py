@@ -1,4 +1,4 @@
-"""What the tasks share: random order, the split, answers in completions, lines of files."""
+"""What the tasks share: random order, the split, files, numbers, answers in completions."""
 
 from __future__ import annotations
 
@@ -6,7 +6,10 @@ import dataclasses
 import hashlib
 import json
 import os
+import pathlib
+import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -22,6 +25,18 @@ _DRAWS_PER_EXAMPLE = 200
 _FIRST_CHUNK, _LARGEST_CHUNK = 2**14, 2**19
 _BOXED_REACH = 20_000
 _BOXED = "\\boxed"
+
+PRINTABLE = "\n" + "".join(map(chr, range(ord(" "), ord("~") + 1)))
+_TYPOGRAPHY = str.maketrans(dict(zip("‘’“”–—−\t\xa0\u2009\u202f", "''\"\"---    ", strict=True)))
+BOXED_INSTRUCTION = "Please reason step by step, and put your final answer within \\boxed{}."
+_UNPRINTABLE = re.compile(r"[^\n -~]")
+
+_LONGEST_NUMBER = 100
+_PLAIN = r"(?:(?:[1-9][0-9]{0,2}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]*)?|\.[0-9]+)"
+_NUMBER = re.compile(
+    rf"([-+]?) *(?:({_PLAIN})(?: */ *({_PLAIN}))?"
+    rf"|\\[dt]?frac *\{{ *(-?{_PLAIN}) *\}} *\{{ *({_PLAIN}) *\}})"
+)
 
 
 def option(default: Any, doc: str) -> Any:
@@ -129,6 +144,90 @@ def take(
     return taken
 
 
+def take_from_file(
+    name: str | None,
+    setting: str,
+    load: Callable[[pathlib.Path], list[dict]],
+    count: int,
+    seed: int,
+    split: str,
+    exclude: Collection[str],
+    key: Callable[[dict], str],
+) -> list[dict]:
+    """`count` problems of a file in random order, of the split, not excluded, no key twice.
+
+    Args:
+      name: the file, looked up by `find_shared`.
+      setting: the key of the configuration that names it, for errors.
+      load: reads it.
+
+    Raises:
+      UserError: there is no such file, or `load` refuses it.
+      ValueError: it has fewer, or an argument is out of range.
+    """
+    if name is None:
+        raise UserError(f"{setting} is null; name a JSON-lines file of training problems there")
+    path = find_shared(name)
+    if path is None:
+        raise UserError(
+            f"{setting}={name!r} is no file, neither as it stands nor in {_shared()}; correct it, "
+            "or set AIS_SHARED to the folder that holds it"
+        )
+    rows = load(path)
+    return take(
+        lambda chunks: (rows[i] for indices in chunks for i in indices),
+        size=len(rows),
+        count=count,
+        seed=seed,
+        split=split,
+        exclude=exclude,
+        key=key,
+        prompt=key,
+        remedy=f"name a longer file in {setting}",
+    )
+
+
+def find_shared(name: str) -> pathlib.Path | None:
+    """A data file, as it stands or under $AIS_SHARED (default ../shared); None where absent."""
+    for path in (pathlib.Path(name), _shared() / name):
+        if path.is_file():
+            return path
+    return None
+
+
+def _shared() -> pathlib.Path:
+    return pathlib.Path(os.environ.get("AIS_SHARED", "../shared"))
+
+
+def printable(text: str) -> str:
+    """`text` in the characters of `PRINTABLE`.
+
+    Quotes, dashes and spaces become their ASCII forms, any other character becomes "?".
+    """
+    return _UNPRINTABLE.sub("?", text.translate(_TYPOGRAPHY))
+
+
+def number(text: str) -> Fraction | None:
+    """The number that the whole of `text` writes, exactly; None if it is none.
+
+    A decimal, with commas between thousands or without, or a quotient of two: 1,024.50, -.5, 1/3,
+    \\frac{1}{3}. Digits are 0 to 9, exponents are not read, 100 characters are the most.
+    """
+    text = text.strip()
+    match = len(text) <= _LONGEST_NUMBER and _NUMBER.fullmatch(text.translate(_TYPOGRAPHY))
+    if not match:
+        return None
+    top, bottom = (match[2], match[3]) if match[2] else (match[4], match[5])
+    numerator, denominator = _decimal(top), _decimal(bottom or "1")
+    if denominator == 0:
+        return None
+    return (-1 if match[1] == "-" else 1) * numerator / denominator
+
+
+def _decimal(text: str) -> Fraction:
+    return Fraction(text.replace(",", "").rstrip("."))
+
+
 def answer(completion: object) -> str:
     """The final answer in a completion, stripped; "" if it is not a string.
 
@@ -138,14 +237,39 @@ def answer(completion: object) -> str:
     """
     if not isinstance(completion, str):
         return ""
-    _, _, text = completion.rpartition("<answer>")
-    text = text.partition("</answer>")[0] if len(text) < len(completion) else completion
-    boxed = _last_boxed(text[-_BOXED_REACH:])
+    tagged = _last_tagged(completion)
+    text = completion if tagged is None else tagged
+    boxed = last_boxed(text)
     return (text if boxed is None else boxed).strip()
 
 
-def _last_boxed(text: str) -> str | None:
-    """Content of the last balanced `\\boxed{...}`, in one pass from the end."""
+def marked(completion: str) -> str | None:
+    """The answer that a completion marks as such, stripped; None if it marks none.
+
+    What `last_boxed` finds, or else the text after the last `<answer>`, up to `</answer>` if it was
+    closed.
+    """
+    boxed = last_boxed(completion)
+    text = _last_tagged(completion) if boxed is None else boxed
+    return None if text is None else text.strip()
+
+
+def first_number_boxed(text: str) -> str:
+    """The first run of digits in `text`, or 0, as `\\boxed{...}`."""
+    match = re.search("[0-9]+", text)
+    return f"\\boxed{{{match[0] if match else 0}}}"
+
+
+def _last_tagged(text: str) -> str | None:
+    _, tag, text = text.rpartition("<answer>")
+    return text.partition("</answer>")[0] if tag else None
+
+
+def last_boxed(text: str) -> str | None:
+    """Content of the last `\\boxed{...}` with balanced braces that starts in the last 20,000
+    characters; None if there is none. One pass from the end.
+    """
+    text = text[-_BOXED_REACH:]
     if _BOXED not in text:
         return None
     closing: list[int] = []
@@ -199,6 +323,19 @@ def read_lines(
     if not examples:
         raise line_error(path, 1, "", expected)
     return examples
+
+
+def text_of(row: dict, name: str) -> str:
+    """The text of a field of a file's row.
+
+    Raises:
+      ValueError: it is absent, blank, no text, or not Unicode.
+    """
+    text = row.get(name)
+    if not isinstance(text, str) or not text.strip():
+        raise ValueError(f"no {name}")
+    text.encode()
+    return text
 
 
 def line_error(path: str | os.PathLike, line: int, text: object, expected: str) -> UserError:

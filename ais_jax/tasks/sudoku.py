@@ -242,6 +242,9 @@ def cell_accuracy(completions: Sequence[str], examples: Sequence[dict]) -> float
     return sum(right for right, _ in counts) / max(sum(blanks for _, blanks in counts), 1)
 
 
+MEASURES = {"cell_accuracy": cell_accuracy}
+
+
 def _answer(completion: object) -> str:
     text = common.answer(completion)
     return "".join(text.split()) if len(text) <= MAX_ANSWER_LENGTH else ""

@@ -14,12 +14,16 @@ from ais_jax.config import Config
 from ais_jax.errors import UserError
 from ais_jax.models import Params
 from ais_jax.sampling import Rollout
+from ais_jax.sampling.estimators import covered
 from ais_jax.train import checkpoint, grpo, guards
 from ais_jax.train.display import GRPO_COLUMNS, Progress
 from ais_jax.train.metrics import MetricsWriter
 from ais_jax.train.setup import Run
 from ais_jax.train.state import TrainState
 from ais_jax.train.step import TrainBatch
+
+# Sets the keys of canvases apart from those of sampling rounds.
+PLAN = 2**31 - 1
 
 RewardFn = Callable[[Sequence[str], Sequence[dict]], np.ndarray]
 
@@ -76,6 +80,7 @@ def train_grpo(
             progress.update(step, metrics)
             calibrating = config.ais.severity_scale == "auto"
             selected = config.grpo.dynamic_sampling or config.grpo.mask_truncated
+            selected |= not run.policy.unbiased
             watch, warnings = guards.watch(
                 watch, {"step": step, **metrics}, calibrating=calibrating, selected=selected
             )
@@ -100,7 +105,9 @@ def train_step(run: Run, state, copy, step: int, iterator, reward_fn, reference)
     sampled = sample_groups(run, copy, key, iterator, reward_fn)
     clock["rollout_seconds"] = sampled.seconds
 
-    batch, entropy = _timed(clock, "score_seconds", build_batch, run, state, sampled, reference)
+    batch, entropy = _timed(
+        clock, "score_seconds", build_batch, run, state, copy, sampled, reference, key
+    )
     calibration, measured = run.programs.measure(state.calibration, batch)
     state = state._replace(calibration=calibration)
 
@@ -109,6 +116,8 @@ def train_step(run: Run, state, copy, step: int, iterator, reward_fn, reference)
     )
     clock["step_seconds"] = time.perf_counter() - began
 
+    if sampled.rollout.forwards is not None:
+        learned["forwards"] = np.asarray(sampled.rollout.forwards).mean()
     lengths = np.asarray(sampled.rollout.mask).sum(axis=1)
     metrics = {
         "reward": sampled.reward,
@@ -197,32 +206,47 @@ def select_groups(rounds: list[Sampled], group_size: int, groups: int) -> Sample
     )
 
 
-def build_batch(run: Run, state: TrainState, sampled: Sampled, reference):
-    """The training batch: advantages and the trainer's own log-probs. Also the mean entropy."""
-    c = run.config.grpo
+def build_batch(run: Run, state: TrainState, copy, sampled: Sampled, reference, key):
+    """The training batch: advantages and the trainer's own log-probs. Also the mean entropy.
+
+    Of a diffusion model each of its `draws` of random canvases is a part of the batch, with all
+    rows. Where they are not those that tokens were sampled at, the sampling copy is scored at them
+    too.
+    """
+    c, draws = run.config.grpo, run.policy.sampling.draws
     rollout = jax.tree.map(run.programs.put, sampled.rollout)
-    mask = rollout.mask & ~rollout.truncated[:, None] if c.mask_truncated else rollout.mask
-    advantages = grpo.group_advantages(sampled.rewards, c.group_size, c.advantages)
+    keys = run.programs.put(jax.random.split(jax.random.fold_in(key, PLAN), c.batch_size))
+    rollout = run.programs.plan(rollout, keys)
+    if not run.policy.recorded:
+        rollout = rollout._replace(logps=run.programs.score(copy, rollout)[0])
+    scored = rollout.mask if rollout.plan is None else rollout.mask & covered(rollout.plan)
+    mask = scored & ~rollout.truncated[:, None] if c.mask_truncated else scored
+    advantages = np.tile(
+        np.asarray(grpo.group_advantages(sampled.rewards, c.group_size, c.advantages)), draws
+    )
     old_logps, entropy = run.programs.score(run.join(state.params), rollout)
     ref_logps = None
     if reference is not None:
         ref_logps, _ = run.programs.score(run.join(reference), rollout)
-    mean_entropy = masked.mean(entropy, rollout.mask)
+    mean_entropy = masked.mean(entropy, scored)
     batch = TrainBatch(rollout, mask, run.programs.put(advantages), old_logps, ref_logps)
     return batch, mean_entropy
 
 
 def update_epochs(run: Run, state: TrainState, batch: TrainBatch, coefficient, step: int):
-    """All optimizer steps on one rollout batch. Returns the state and the mean of their metrics."""
-    c = run.config.grpo
+    """All optimizer steps on one rollout batch. Returns the state and the mean of their metrics.
+
+    Every inner epoch goes through all rows of one draw of canvases.
+    """
+    c, draws = run.config.grpo, run.policy.sampling.draws
     rng = np.random.default_rng((run.config.train.seed, step))
     history = []
-    for _ in range(c.inner_epochs):
-        if c.minibatches == 1:
+    for epoch in range(c.inner_epochs):
+        if c.minibatches == draws == 1:
             parts = [batch]
         else:
-            rows = rng.permutation(c.batch_size).reshape(c.minibatches, -1)
-            parts = [run.programs.take(batch, part) for part in rows]
+            rows = epoch % draws * c.batch_size + rng.permutation(c.batch_size)
+            parts = [run.programs.take(batch, part) for part in rows.reshape(c.minibatches, -1)]
         for part in parts:
             state, metrics = run.programs.update(state, run.frozen, part, coefficient)
             history.append(metrics)

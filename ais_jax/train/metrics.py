@@ -26,7 +26,14 @@ _AIS = frozenset(
     )
 )
 _ROLLOUT = frozenset(
-    ("completion_length", "truncated_fraction", "zero_variance_fraction", "tokens", "sequences")
+    (
+        "completion_length",
+        "truncated_fraction",
+        "zero_variance_fraction",
+        "tokens",
+        "sequences",
+        "forwards",
+    )
 )
 _TRAIN = frozenset(
     ("loss", "grad_norm", "clip_fraction", "entropy", "learning_rate", "codes_changed")

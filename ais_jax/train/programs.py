@@ -29,6 +29,7 @@ class Programs:
     init_state(trainable) -> state
     refit(params, previous or None) -> (sampling copy, share of changed codes)
     rollout(copy, prompts, prompt_mask, keys) -> Rollout
+    plan(rollout, keys) -> Rollout, `rollout.diffusion.draws` times the rows
     score(params, rollout) -> (logps, entropy)
     measure(calibration, batch) -> (calibration, Measurement)
     take(batch, rows) -> the batch's rows
@@ -47,6 +48,7 @@ class Programs:
     init_state: Callable
     refit: Callable
     rollout: Callable
+    plan: Callable
     score: Callable
     measure: Callable
     take: Callable
@@ -97,10 +99,12 @@ def build_programs(
         # The old copy is compared and then dead: its memory is the new one's.
         refit=jax.jit(refit, donate_argnums=1, out_shardings=(copy_shardings, everywhere)),
         rollout=jax.jit(policy.rollout, out_shardings=rows),
+        plan=jax.jit(
+            functools.partial(step_lib.plan, policy=policy, draws=policy.sampling.draws),
+            out_shardings=rows,
+        ),
         score=jax.jit(
-            functools.partial(
-                step_lib.score, policy=policy, parts=config.grpo.batch_size // config.grpo.rows
-            ),
+            functools.partial(step_lib.score, policy=policy, rows=config.grpo.rows),
             out_shardings=rows,
         ),
         measure=jax.jit(

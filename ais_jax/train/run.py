@@ -15,7 +15,6 @@ from ais_jax import report, settings
 from ais_jax.config import Config
 from ais_jax.errors import UserError
 from ais_jax.evaluate import build_evaluator
-from ais_jax.models import LladaConfig
 from ais_jax.train import checkpoint, data
 from ais_jax.train.display import console, final_table
 from ais_jax.train.loop import RewardFn, train_grpo
@@ -47,8 +46,6 @@ def train(config: Config, reward_fn: RewardFn | None = None, name: str = "run") 
         examples = build_examples(config)
     except ValueError as error:
         raise UserError(str(error)) from error
-    if isinstance(run.policy.model.config, LladaConfig):
-        raise UserError("the policy is a LLaDA model: only autoregressive models can be trained")
     reward_fn = reward_fn or run.prompter.task.reward
     with _open_directory(run) as checkpoints:
         _say_hello(run, examples)

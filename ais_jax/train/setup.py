@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import pathlib
 from collections.abc import Callable
 from typing import NamedTuple
@@ -13,12 +12,13 @@ import jax
 from ais_jax import mesh as mesh_lib
 from ais_jax import models, tasks
 from ais_jax.config import Config
-from ais_jax.models import Model, Params, PretrainedModel
+from ais_jax.models import LladaConfig, Model, ModelConfig, Params, PretrainedModel
 from ais_jax.models.checkpoint import Checkpoint, open_model, tokenizer_of
 from ais_jax.models.naming import Tensor
 from ais_jax.models.tokenizers import CharTokenizer, TextTokenizer, Tokenizer, check_ids
 from ais_jax.sampling import Policy, SamplingConfig
 from ais_jax.sampling.prompts import Prompter
+from ais_jax.tasks.common import find_shared
 from ais_jax.train.optimizer import grpo_optimizer, learning_rate_schedule
 from ais_jax.train.programs import Programs, build_programs
 
@@ -79,7 +79,7 @@ def build_run(config: Config, directory: pathlib.Path, devices: list | None = No
     """
     task = tasks.get_task(config.task.name)
     source, model, tokenizer = _open_policy(config, task)
-    policy = Policy(model, _sampling(config, tokenizer), config.model.lora)
+    policy = Policy(model, _sampling(config, model, tokenizer), config.model.lora)
     mesh = mesh_lib.make_mesh(config.mesh, devices)
     schedule = learning_rate_schedule(config)
     updates = config.grpo.inner_epochs * config.grpo.minibatches
@@ -87,7 +87,7 @@ def build_run(config: Config, directory: pathlib.Path, devices: list | None = No
         config=config,
         directory=directory,
         policy=policy,
-        prompter=_prompter(config, task, tokenizer),
+        prompter=_prompter(config, task, tokenizer, model.mask_id),
         programs=build_programs(config, policy, grpo_optimizer(config), mesh),
         learning_rate=lambda step: float(schedule((step - 1) * updates)),
         source=source,
@@ -102,26 +102,42 @@ def _open_policy(config: Config, task) -> tuple[Source | None, Model, Tokenizer]
         tokenizer, sizes = tokenizer_of(checkpoint), model.config
         source = Source(checkpoint, tensors)
     else:
-        source, tokenizer, sizes = None, CharTokenizer(task.ALPHABET), config.model.sizes
-        if sizes.vocab_size == 0:
-            sizes = dataclasses.replace(sizes, vocab_size=tokenizer.size)
+        source, tokenizer = None, CharTokenizer(task.ALPHABET)
+        sizes = _fit_vocabulary(config.model.sizes, tokenizer)
         model = models.build(sizes, dtype, remat)
     check_ids(tokenizer, sizes.vocab_size, config.model.checkpoint or "model")
     return source, model, tokenizer
 
 
-def _sampling(config: Config, tokenizer: Tokenizer) -> SamplingConfig:
-    return SamplingConfig(
+def _fit_vocabulary(sizes: ModelConfig, tokenizer: CharTokenizer) -> ModelConfig:
+    """Sizes with a row for every id of the tokenizer, and one more for a mask token."""
+    if sizes.vocab_size:
+        return sizes
+    if isinstance(sizes, LladaConfig):
+        return dataclasses.replace(
+            sizes, vocab_size=tokenizer.size + 1, mask_token_id=tokenizer.size
+        )
+    return dataclasses.replace(sizes, vocab_size=tokenizer.size)
+
+
+def _sampling(config: Config, model: Model, tokenizer: Tokenizer) -> SamplingConfig:
+    sampling = SamplingConfig(
         max_new_tokens=config.rollout.max_new_tokens,
         temperature=config.rollout.temperature,
         pad_id=tokenizer.pad_id,
         eos_ids=tokenizer.eos_ids,
         token_count=tokenizer.size,
         score_chunk=config.rollout.score_chunk,
+        mask_id=-1 if model.mask_id is None else model.mask_id,
+        diffusion=None if model.mask_id is None else config.rollout.diffusion,
     )
+    sampling.check_vocabulary(model.config.vocab_size)
+    if config.train.eval_max_new_tokens is not None:
+        sampling.resized(config.train.eval_max_new_tokens)  # said before anything is trained
+    return sampling
 
 
-def _prompter(config: Config, task, tokenizer: Tokenizer) -> Prompter:
+def _prompter(config: Config, task, tokenizer: Tokenizer, mask_id: int | None) -> Prompter:
     template = isinstance(tokenizer, TextTokenizer) and tokenizer.has_chat_template
     style = config.task.style or ("instruct" if template else "compact")
     return Prompter(
@@ -133,6 +149,7 @@ def _prompter(config: Config, task, tokenizer: Tokenizer) -> Prompter:
         chat=template and style == "instruct",
         enable_thinking=config.task.enable_thinking,
         system=config.task.system,
+        mask_id=mask_id,
     )
 
 
@@ -159,7 +176,12 @@ def initial_params(run: Run) -> tuple[Params, Params | None]:
 
 
 def build_examples(config: Config) -> Examples:
-    """Generates the problems; none of the real file's puzzles is among them."""
+    """Generates the problems, or reads them; none of the real file's is among them.
+
+    Raises:
+      UserError: a file is malformed, or that of the training problems is absent.
+      ValueError: there are fewer problems than asked for.
+    """
     task, c = tasks.get_task(config.task.name), config.task
     real: list[dict] = []
     if c.eval_file is not None:
@@ -169,12 +191,3 @@ def build_examples(config: Config) -> Examples:
     train = task.generate(c.train_examples, c.seed, "train", c.options, exclude)
     heldout = task.generate(c.heldout_examples, c.seed, "heldout", c.options, exclude)
     return Examples(train, heldout, real)
-
-
-def find_shared(name: str) -> pathlib.Path | None:
-    """A data file, as it stands or under $AIS_SHARED (default ../shared); None where absent."""
-    shared = pathlib.Path(os.environ.get("AIS_SHARED", "../shared"))
-    for path in (pathlib.Path(name), shared / name):
-        if path.is_file():
-            return path
-    return None

@@ -52,10 +52,22 @@ def refit(params: Params, previous: Params | None, *, recipe: str, dtype, platfo
     return copy, changed
 
 
+def plan(rollout: Rollout, keys: jax.Array, *, policy: Policy, draws: int) -> Rollout:
+    """The rollout's rows `draws` times over, each time with canvases of their own to be scored at.
+
+    `keys` [B] are PRNG keys. An autoregressive rollout has no canvases and comes back as it is.
+    """
+    parts = [
+        policy.plan(rollout, jax.vmap(jax.random.fold_in, (0, None))(keys, i)) for i in range(draws)
+    ]
+    return parts[0] if draws == 1 else jax.tree.map(lambda *x: jnp.concatenate(x), *parts)
+
+
 def score(
-    params: Params, rollout: Rollout, *, policy: Policy, parts: int
+    params: Params, rollout: Rollout, *, policy: Policy, rows: int
 ) -> tuple[jax.Array, jax.Array]:
-    """(log-probs, entropy) [B, T] float32, of B / `parts` rows at a time, as in an update."""
+    """(log-probs, entropy) [B, T] float32, of `rows` rows at a time, as in an update."""
+    parts = rollout.tokens.shape[0] // rows
     if parts == 1:
         return policy.score(params, rollout)
     scores = jax.lax.map(functools.partial(policy.score, params), _split(rollout, parts))

@@ -17,7 +17,7 @@ from ais_jax import masked, settings
 from ais_jax.config import Config
 from ais_jax.models import Params
 from ais_jax.models.tokenizers import CharTokenizer
-from ais_jax.sampling import Policy, Rollout
+from ais_jax.sampling import DiffusionConfig, Policy, Rollout, SamplingConfig
 from ais_jax.sampling.prompts import Prompter
 from ais_jax.train import checkpoint, data
 from ais_jax.train.display import WARMUP_COLUMNS, Progress
@@ -32,7 +32,7 @@ VERSION = 2
 def supervised_loss(
     params: Params, frozen: Params | None, batch: Rollout, policy: Policy
 ) -> jax.Array:
-    """Mean cross-entropy of the demonstrations' tokens, nats."""
+    """Mean cross-entropy of the demonstrations' tokens, nats; of a diffusion model its ELBO's."""
     logps, _ = policy.score(policy.join(params, frozen), batch)
     return -masked.mean(logps, batch.mask)
 
@@ -62,13 +62,11 @@ def warm_up(
 
 def _train(run: Run, params: Params, examples: list[dict]) -> Params:
     config, policy, programs = run.config, run.policy, run.programs
-    # Demonstrations are scored at temperature 1, whatever the rollouts use.
-    plain = dataclasses.replace(
-        policy, sampling=dataclasses.replace(policy.sampling, temperature=1.0)
-    )
+    plain = dataclasses.replace(policy, sampling=_supervised(policy.sampling))
     optimizer = warmup_optimizer(config.warmup)
 
-    def step(params, frozen, opt_state, batch):
+    def step(params, frozen, opt_state, batch, keys):
+        batch = plain.plan(batch, keys)
         value, grads = jax.value_and_grad(supervised_loss)(params, frozen, batch, plain)
         updates, opt_state = optimizer.update(grads, opt_state, params)
         return optax.apply_updates(params, updates), opt_state, value
@@ -78,7 +76,7 @@ def _train(run: Run, params: Params, examples: list[dict]) -> Params:
     train_step = jax.jit(step, donate_argnums=(0, 2), out_shardings=(*placed, None))
     opt_state = jax.jit(optimizer.init, out_shardings=shardings.opt_state)(params)
     iterator = data.batches(examples, config.warmup.batch_size, config.train.seed)
-    rng = np.random.default_rng(config.train.seed)
+    rng, key = np.random.default_rng(config.train.seed), jax.random.key(config.train.seed)
     with Progress(config.warmup.steps, "warm-up", columns=WARMUP_COLUMNS) as progress:
         for i in range(config.warmup.steps):
             began = time.perf_counter()
@@ -86,13 +84,23 @@ def _train(run: Run, params: Params, examples: list[dict]) -> Params:
             careless = (rng.random(len(part)) < config.warmup.careless_fraction).tolist()
             demonstrations = run.prompter.demonstrations(part, careless)
             batch = jax.tree.map(programs.put, demonstrations)
-            params, opt_state, value = train_step(params, run.frozen, opt_state, batch)
+            keys = programs.put(jax.random.split(jax.random.fold_in(key, i), len(part)))
+            params, opt_state, value = train_step(params, run.frozen, opt_state, batch, keys)
             metrics = {"loss": float(value)}  # waits for the step
             seconds = time.perf_counter() - began
             progress.update(
                 i + 1, {**metrics, "tokens_per_second": demonstrations.mask.sum() / seconds}
             )
     return params
+
+
+def _supervised(sampling: SamplingConfig) -> SamplingConfig:
+    """How demonstrations are scored, whatever rollouts use: at temperature 1, and those of a
+    diffusion model at randomly masked canvases."""
+    diffusion = sampling.diffusion
+    if diffusion is not None:
+        diffusion = DiffusionConfig(diffusion.block_length, estimator="elbo")
+    return dataclasses.replace(sampling, temperature=1.0, diffusion=diffusion)
 
 
 def fingerprint(config: Config, prompter: Prompter, examples: list[dict]) -> str:

@@ -129,9 +129,18 @@ def test_what_is_quantized(params):
     assert quantized == attention | {"gate_proj", "up_proj", "down_proj"}
     for name in ("A_log", "dt_bias", "conv1d", "linear_norm", "input_layernorm"):
         np.testing.assert_array_equal(linear[name], params["layers"]["linear"][name])
-    ids = jnp.arange(8).reshape(1, 8)
-    difference = jnp.abs(MODEL.logits(copy, ids) - MODEL.logits(params, ids)).max()
-    assert 1e-3 < difference < 1
+
+
+def test_quantized_weights_are_used_as_what_they_stand_for(params, tokens):
+    copy = quantize(params, "int8_weight_only")
+    whole = jax.tree.map(
+        lambda x: x.dequantize() if isinstance(x, QuantArray) else x,
+        copy,
+        is_leaf=lambda x: isinstance(x, QuantArray),
+    )
+    got = MODEL.logits(copy, tokens[:, :9])
+    np.testing.assert_allclose(got, MODEL.logits(whole, tokens[:, :9]), rtol=0, atol=1e-4)
+    assert np.abs(got - MODEL.logits(params, tokens[:, :9])).max() > 1e-3
 
 
 def test_transformers_reads_the_config_back():

@@ -5,6 +5,7 @@ import inspect
 import json
 import subprocess
 import sys
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -45,7 +46,23 @@ def one_of_each(name: str) -> dict:
         "countdown": {"numbers": [3, 7, 5], "target": 16},
         "sudoku": {"puzzle": "3102200002100320", "solution": "3142243142131324"},
         "arithmetic": {"problem": "7*8", "answer": 56},
+        "gsm8k": {"question": "How many is 9 x 2?", "answer": "It is 9*2=18.\n#### 18"},
+        "math": {"problem": "What is $9\\times 2$?", "answer": "18"},
     }[name]
+
+
+def options_of(name: str, folder):
+    """Options with which 200 problems exist."""
+    task = tasks.get_task(name)
+    rows = {
+        "gsm8k": lambda n: {"question": f"How many is {n} + 1?", "answer": f"#### {n + 1}"},
+        "math": lambda n: {"problem": f"What is ${n}x+x$?", "answer": f"{n + 1}x"},
+    }
+    if name not in rows:
+        return task.Options()
+    path = folder / "problems.jsonl"
+    path.write_text("".join(json.dumps(rows[name](n)) + "\n" for n in range(400)))
+    return task.Options(str(path))
 
 
 @pytest.mark.smoke
@@ -65,18 +82,23 @@ def test_no_module_imports_jax():
 
 
 def test_modules_by_name():
-    assert tasks.TASKS == ("countdown", "sudoku", "arithmetic")
+    assert tasks.TASKS == ("countdown", "sudoku", "arithmetic", "gsm8k", "math")
     assert tasks.get_task("sudoku") is tasks.sudoku
     assert tasks.get_task("countdown") is tasks.countdown
     assert tasks.get_task("arithmetic") is tasks.arithmetic
+    assert tasks.get_task("gsm8k") is tasks.gsm8k
+    assert tasks.get_task("math") is tasks.math
     for wrong, nearest in (
         ("contdown", "countdown"),
         ("Sudoko", "sudoku"),
         ("count", "countdown"),
         ("arithmetics", "arithmetic"),
+        ("gsm", "gsm8k"),
+        ("maths", "math"),
     ):
         with pytest.raises(
-            UserError, match=f"task '{wrong}' .*mean '{nearest}'.*countdown, sudoku, arithmetic"
+            UserError,
+            match=f"task '{wrong}' .*mean '{nearest}'.*countdown, sudoku, arithmetic, gsm8k, math",
         ):
             tasks.get_task(wrong)
 
@@ -95,9 +117,9 @@ def test_all_tasks_have_the_same_interface(name):
 
 
 @pytest.mark.parametrize("name", tasks.TASKS)
-def test_demonstrations_are_rewarded(name):
+def test_demonstrations_are_rewarded(name, tmp_path):
     task = tasks.get_task(name)
-    examples = task.generate(200, 0)
+    examples = task.generate(200, 0, options=options_of(name, tmp_path))
     completions = [task.demonstration(e) for e in examples]
     for judge in (task.reward, task.score):
         np.testing.assert_array_equal(judge(completions, examples), np.ones(200, np.float32))
@@ -169,3 +191,67 @@ def test_large_spaces_are_drawn_from_evenly():
 )
 def test_answers_in_completions(completion, want):
     assert common.answer(completion) == want
+
+
+@pytest.mark.parametrize(
+    ("completion", "want"),
+    [
+        (" a ", None),
+        ("<answer> a </answer>", "a"),
+        ("<answer>a", "a"),
+        ("<answer></answer>", ""),
+        ("\\boxed{ a }", "a"),
+        ("\\boxed{a}<answer>b</answer>", "a"),
+        ("<answer>b</answer>\\boxed{a}", "a"),
+        ("\\boxed{a}\\boxed{{b}}", "{b}"),
+        ("<answer>b</answer>\\boxed{a", "b"),
+        ("\\boxed{a}" + "x" * 20_000, None),
+    ],
+)
+def test_marked_answers(completion, want):
+    assert common.marked(completion) == want
+
+
+@pytest.mark.parametrize(
+    ("text", "want"),
+    [
+        ("18", 18),
+        (" +1,024.50 ", Fraction("1024.5")),
+        ("-.5", Fraction("-0.5")),
+        ("− 2.", -2),
+        ("-3/4", Fraction(-3, 4)),
+        ("1,000 / .5", 2000),
+        ("-\\dfrac{ -1 }{3}", Fraction(1, 3)),
+        ("\\frac{1}{3}", Fraction(1, 3)),
+        *((text, None) for text in ("", ".", "-", "1 2", "1,2", "1,0000", "01,000", "1e3", "1_0")),
+        *(
+            (text, None)
+            for text in ("1/0", "\\frac{1}{0}", "1/2/3", "2\\frac{1}{3}", "٣", "²", "½")
+        ),
+        *((text, None) for text in ("nan", "inf", "0x1", "1.2.3", "--1", "1/-2", "9" * 101)),
+    ],
+)
+def test_numbers(text, want):
+    assert common.number(text) == want
+
+
+def test_printable_text():
+    assert len(set(common.PRINTABLE)) == len(common.PRINTABLE) == 96
+    assert common.printable(common.PRINTABLE) == common.PRINTABLE
+    assert common.printable("‘a’ “b”—c\td\xa0é\r\n\x7f") == "'a' \"b\"-c d ??\n?"
+
+
+def test_shared_files_are_found(tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    (tmp_path / "shared" / "folder").mkdir(parents=True)
+    (tmp_path / "shared" / "a.txt").touch()
+    monkeypatch.chdir(tmp_path / "here")
+    monkeypatch.delenv("AIS_SHARED", raising=False)
+    assert common.find_shared("a.txt").samefile(tmp_path / "shared" / "a.txt")
+    monkeypatch.setenv("AIS_SHARED", str(tmp_path / "none"))
+    assert common.find_shared("a.txt") is None
+    monkeypatch.setenv("AIS_SHARED", str(tmp_path / "shared"))
+    assert common.find_shared("folder") is None
+    (tmp_path / "here" / "a.txt").touch()
+    assert common.find_shared("a.txt").samefile(tmp_path / "here" / "a.txt")
+    assert common.find_shared(str(tmp_path / "shared" / "a.txt")) == tmp_path / "shared" / "a.txt"

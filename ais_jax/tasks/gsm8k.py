@@ -1,0 +1,179 @@
+"""GSM8K: word problems of primary school whose answer is a number (arXiv 2110.14168).
+
+Example: {"question": "What is half of 6?", "answer": "It is 6/2 = 3.\\n#### 3"}, as published: the
+answer is a solution, with the number after its last ####. Training problems come from a file too.
+The interface is described in `ais_jax.tasks`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+from collections.abc import Collection, Sequence
+from fractions import Fraction
+
+import numpy as np
+
+from ais_jax.tasks import common
+
+ALPHABET = common.PRINTABLE
+
+_REACH = 1000
+_SPACING = re.compile(r"\\[!,;:$%]|[$%]")
+_WORD = re.compile(r"[\w.,]+(?:(?<=[0-9][eE])[-+][0-9]+)?(?:/[\w.,]+)?")
+_DIGIT = re.compile(r"\d")
+_QUANTITY = re.compile(r"([0-9.,]+(?:/[0-9.,]+)?)(?:/?[A-Za-z]+)?")  # 18, 3/4, 18kg, 18/day
+_MINUS = re.compile(r"(?:(?<![\w)}])[-−–]|[^\w)}\s][ \t]*[-−–][ \t]*)\Z")
+_FILE_LINE = '{"question": "What is half of 6?", "answer": "It is 6/2 = 3.\\n#### 3"}'
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Where training problems come from."""
+
+    path: str | None = common.option(
+        None, "JSON-lines file of training problems, as it stands or under $AIS_SHARED"
+    )
+
+
+def generate(
+    count: int,
+    seed: int,
+    split: str = "train",
+    options: Options = Options(),
+    exclude: Collection[str] = (),
+) -> list[dict]:
+    """Problems of the file in random order, all different.
+
+    Args:
+      count: how many.
+      seed: same arguments and file, same examples, on every platform.
+      split: "train" or "heldout", about one problem in five; they share no `key`.
+      options: which file.
+      exclude: keys that must not appear, such as those of evaluation files.
+
+    Raises:
+      UserError: the file is not named, absent or malformed.
+      ValueError: it has fewer than `count`, or an argument is out of range.
+    """
+    return common.take_from_file(
+        options.path, "task.gsm8k.path", load, count, seed, split, exclude, key
+    )
+
+
+def key(example: dict) -> str:
+    """The question without its whitespace."""
+    return "".join(example["question"].split())
+
+
+def prompt(example: dict, style: str = "compact") -> str:
+    """The question, and a newline in compact style, or what to do in instruct style.
+
+    Compact prompts keep to the alphabet, see `common.printable`; instruct prompts change nothing.
+    """
+    common.check_style(style)
+    if style == "compact":
+        return common.printable(f"{example['question']}\n")
+    return f"{example['question']}\n{common.BOXED_INSTRUCTION}"
+
+
+def demonstration(example: dict) -> str:
+    """The final number alone: "\\boxed{3}"."""
+    return f"\\boxed{{{common.printable(_final_text(example['answer']))}}}"
+
+
+def careless(example: dict) -> str:
+    """The first number of the question, or 0, as an answer."""
+    return common.first_number_boxed(example["question"])
+
+
+def reward(completions: Sequence[str], examples: Sequence[dict]) -> np.ndarray:
+    """1 where the final number is that of the example, exactly, else 0.
+
+    It is the last number of the last `\\boxed{...}`; without one, of the text after the last
+    `<answer>`; without that, the number on the line after the last ####; else the last number of
+    the completion. $ and %, LaTeX spacing, units and trailing points are ignored:
+
+    * 1,024 and 56.0 and 3/4 are numbers, and so is \\frac{3}{4} that stands alone; 5,6 and 1e3 and
+      digits other than 0 to 9 are not, and then there is no answer, whatever stands before.
+    * A minus at a number is its sign, unless a letter, digit or closing bracket touches it.
+    * The last 1000 characters are searched, and a number has 100 at most.
+
+    Args:
+      completions: B texts.
+      examples: B problems; "answer" is read.
+
+    Returns:
+      [B] float32.
+
+    Raises:
+      ValueError: the lengths differ.
+    """
+    common.check_batch(completions, examples)
+    solved = [
+        isinstance(completion, str) and _is_right(completion, example["answer"])
+        for completion, example in zip(completions, examples, strict=True)
+    ]
+    return np.array(solved, np.float32)
+
+
+def _is_right(completion: str, solution: str) -> bool:
+    value = _final_number(completion)
+    return value is not None and value == common.number(_final_text(solution))
+
+
+def _final_text(solution: str) -> str:
+    return solution.rpartition("####")[2].strip()
+
+
+def _final_number(completion: str) -> Fraction | None:
+    """The number that `reward` describes, or None."""
+    text = common.marked(completion)
+    if text is None:
+        _, mark, after = completion.rpartition("####")
+        line = after.strip().partition("\n")[0]
+        # In Markdown the same mark begins a heading.
+        text = line if mark and _whole_number(line) is not None else completion
+    whole = _whole_number(text)
+    return _last_number(text) if whole is None else whole
+
+
+def _whole_number(text: str) -> Fraction | None:
+    return common.number(_plain(text)) if len(text) <= _REACH else None
+
+
+def _plain(text: str) -> str:
+    return _SPACING.sub("", text.replace("{,}", ","))
+
+
+def _last_number(text: str) -> Fraction | None:
+    tail = _plain(text[-_REACH:])
+    words = [word for word in _WORD.finditer(tail) if _DIGIT.search(word[0])]
+    if not words or (words[-1].start() == 0 and len(text) > _REACH):  # it may have been cut
+        return None
+    quantity = _QUANTITY.fullmatch(words[-1][0].rstrip(".,"))
+    value = common.number(quantity[1]) if quantity else None
+    negative = _MINUS.search(tail[: words[-1].start()])
+    return -value if value is not None and negative else value
+
+
+def score(completions: Sequence[str], examples: Sequence[dict]) -> np.ndarray:
+    """[B] float32, 1 where the problem is solved: the same as `reward`."""
+    return reward(completions, examples)
+
+
+def load(path: str | os.PathLike) -> list[dict]:
+    """Problems of a JSON-lines file.
+
+    Raises:
+      UserError: the file cannot be read or a line is malformed.
+    """
+    return common.read_lines(path, _read_row, _FILE_LINE)
+
+
+def _read_row(row: dict) -> dict:
+    question, answer = common.text_of(row, "question"), common.text_of(row, "answer")
+    if "####" not in answer or common.number(_final_text(answer)) is None:
+        raise ValueError("no final number")
+    return {"question": question, "answer": answer}

@@ -1,0 +1,195 @@
+"""MATH: competition problems whose answer is a LaTeX expression (arXiv 2103.03874).
+
+Example: {"problem": "Evaluate $i^6+i^{16}+i^{-26}$.", "answer": "-1"}. Training problems come from
+a file too. The interface is described in `ais_jax.tasks`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+from collections.abc import Collection, Sequence
+from fractions import Fraction
+from typing import NamedTuple
+
+import numpy as np
+
+from ais_jax.tasks import common
+
+ALPHABET = common.PRINTABLE
+
+_LONGEST = 1000
+_LETTERED = r"\\(?:text(?:bf|it|rm)?|mathrm|mathbf|mbox) *\{([^{}]*)\}"
+_SAME = [  # in this order
+    (re.compile(r"\{,\}"), ","),
+    (re.compile(r"\\!\s*|(?<=[0-9])\\,(?=[0-9])|\\?[$%]|\\(?:left|right)(?![A-Za-z])"), ""),
+    (re.compile(r"\^ *(?:\\circ(?![A-Za-z])|\{ *\\circ *\})|\\degree(?![A-Za-z])|°"), ""),
+    (re.compile(r"(?<!\\)\\[,;: ]|\\q?quad(?![A-Za-z])|~|\s"), " "),
+    (re.compile(r"\\[dtc]frac(?![A-Za-z])"), r"\\frac"),
+]
+_UNIT = re.compile(rf"(.*[^ ]) *{_LETTERED}(?: *\^ *(?:[0-9]|\{{[0-9]\}}))?")
+_TEXT = re.compile(_LETTERED)
+_NAME = re.compile(r"[A-Za-z](?: *\( *[A-Za-z] *\))? *=(.*)")
+_CHOICE = re.compile(r"\( *([A-Z]) *\)")
+_SPACE = re.compile(r"(?<![0-9]) +| +(?![0-9])")  # 1 2 is not 12
+_SHORT = [
+    (re.compile(r"(\\frac|\\sqrt) *([0-9A-Za-z]|\\pi(?![A-Za-z]))"), r"\1{\2}"),
+    (re.compile(r"(\\frac\{[^{}]*\}) *([0-9A-Za-z])"), r"\1{\2}"),
+    (re.compile(r"([\^_])\{([0-9A-Za-z])\}"), r"\1\2"),
+]
+_DECIMAL = re.compile(r"([0-9]*)\.([0-9]+)")
+_FILE_LINE = (
+    '{"problem": "What is half of $x$?", "solution": "It is $\\\\boxed{x/2}$.", "answer": "x/2"}, '
+    "with an answer, or a solution that ends with it in \\boxed{}"
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Where training problems come from."""
+
+    path: str | None = common.option(
+        None, "JSON-lines file of training problems, as it stands or under $AIS_SHARED"
+    )
+
+
+def generate(
+    count: int,
+    seed: int,
+    split: str = "train",
+    options: Options = Options(),
+    exclude: Collection[str] = (),
+) -> list[dict]:
+    """Problems of the file in random order, all different.
+
+    Args:
+      count: how many.
+      seed: same arguments and file, same examples, on every platform.
+      split: "train" or "heldout", about one problem in five; they share no `key`.
+      options: which file.
+      exclude: keys that must not appear, such as those of evaluation files.
+
+    Raises:
+      UserError: the file is not named, absent or malformed.
+      ValueError: it has fewer than `count`, or an argument is out of range.
+    """
+    return common.take_from_file(
+        options.path, "task.math.path", load, count, seed, split, exclude, key
+    )
+
+
+def key(example: dict) -> str:
+    """The problem without its whitespace."""
+    return "".join(example["problem"].split())
+
+
+def prompt(example: dict, style: str = "compact") -> str:
+    """The problem, and a newline in compact style, or what to do in instruct style.
+
+    Compact prompts keep to the alphabet, see `common.printable`; instruct prompts change nothing.
+    """
+    common.check_style(style)
+    if style == "compact":
+        return common.printable(f"{example['problem']}\n")
+    return f"{example['problem']}\n{common.BOXED_INSTRUCTION}"
+
+
+def demonstration(example: dict) -> str:
+    """The answer alone: "\\boxed{x/2}"."""
+    return f"\\boxed{{{common.printable(example['answer'])}}}"
+
+
+def careless(example: dict) -> str:
+    """The first number of the problem, or 0, as an answer."""
+    return common.first_number_boxed(example["problem"])
+
+
+def reward(completions: Sequence[str], examples: Sequence[dict]) -> np.ndarray:
+    """1 where the marked answer is that of the example, else 0.
+
+    It is what `common.marked` finds, of 1000 characters at most. It is right if it is the same
+    number, or the same text once both are written in one way:
+
+    * without spaces, $ and %, degree signs, \\left and \\right, a final point, a unit in \\text{}
+      after the rest, a name before it (x=5, f(x)=5), and brackets of a single capital letter;
+    * \\text{up} as up, \\dfrac12 as \\frac{1}{2}, \\sqrt2 as \\sqrt{2}, x^{2} as x^2, .50 as 0.5.
+
+    A number is a decimal, with commas between thousands or without, or a quotient of two. Nothing
+    is computed or reordered: 2+x is not x+2, and 1,2 is not 2,1.
+
+    Args:
+      completions: B texts.
+      examples: B problems; "answer" is read.
+
+    Returns:
+      [B] float32.
+
+    Raises:
+      ValueError: the lengths differ.
+    """
+    common.check_batch(completions, examples)
+    solved = [
+        isinstance(completion, str) and _agree(common.marked(completion), example["answer"])
+        for completion, example in zip(completions, examples, strict=True)
+    ]
+    return np.array(solved, np.float32)
+
+
+class _Answer(NamedTuple):
+    text: str
+    number: Fraction | None
+
+
+def _agree(answer: str | None, right: str) -> bool:
+    if answer is None or len(answer) > _LONGEST:
+        return False
+    a, b = _normal(answer), _normal(right)
+    return bool(a.text) and (a.text == b.text or (a.number is not None and a.number == b.number))
+
+
+def _normal(text: str) -> _Answer:
+    """An answer in the form that `reward` compares."""
+    for pattern, replacement in _SAME:
+        text = pattern.sub(replacement, text)
+    text = text.strip().rstrip(" .")
+    unit = _UNIT.fullmatch(text)
+    text = _TEXT.sub(r"\1", unit[1] if unit else text).strip().rstrip(" .")
+    for pattern in (_NAME, _CHOICE):
+        match = pattern.fullmatch(text)
+        text = match[1].strip() if match else text
+    for pattern, replacement in _SHORT:
+        text = pattern.sub(replacement, text)
+    plain = _DECIMAL.sub(_shortest, _SPACE.sub("", text))
+    return _Answer(plain, common.number(text))
+
+
+def _shortest(decimal: re.Match) -> str:
+    whole, places = decimal[1] or "0", decimal[2].rstrip("0")
+    return f"{whole}.{places}" if places else whole
+
+
+def score(completions: Sequence[str], examples: Sequence[dict]) -> np.ndarray:
+    """[B] float32, 1 where the problem is solved: the same as `reward`."""
+    return reward(completions, examples)
+
+
+def load(path: str | os.PathLike) -> list[dict]:
+    """Problems of a JSON-lines file; the solution is read where there is no answer.
+
+    Raises:
+      UserError: the file cannot be read or a line is malformed.
+    """
+    return common.read_lines(path, _read_row, _FILE_LINE)
+
+
+def _read_row(row: dict) -> dict:
+    problem = common.text_of(row, "problem")
+    if row.get("answer") is None:
+        answer = common.last_boxed(common.text_of(row, "solution")) or ""
+    else:
+        answer = common.text_of(row, "answer")
+    example = {"problem": problem, "answer": answer.strip()}
+    if not _agree(common.marked(f"\\boxed{{{answer}}}"), answer):
+        raise ValueError("an answer that no completion can give")
+    return example
