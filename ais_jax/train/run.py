@@ -19,7 +19,7 @@ from ais_jax.train import checkpoint, data
 from ais_jax.train.display import console, final_table
 from ais_jax.train.loop import RewardFn, train_grpo
 from ais_jax.train.metrics import write_json
-from ais_jax.train.setup import Examples, Run, build_examples, build_run, initial_params
+from ais_jax.train.setup import Examples, Run, build_examples, build_run, drop_long, initial_params
 from ais_jax.train.state import TrainState
 from ais_jax.train.warmup import warm_up
 
@@ -43,12 +43,13 @@ def train(config: Config, reward_fn: RewardFn | None = None, name: str = "run") 
     try:
         run = build_run(config, _directory(config, name))
         config.check_devices(run.programs.mesh.shape["data"] * run.programs.mesh.shape["fsdp"])
-        examples = build_examples(config)
+        generated = build_examples(config)
+        examples = drop_long(generated, run.prompter)
     except ValueError as error:
         raise UserError(str(error)) from error
     reward_fn = reward_fn or run.prompter.task.reward
     with _open_directory(run) as checkpoints:
-        _say_hello(run, examples)
+        _say_hello(run, examples, len(generated.train) - len(examples.train))
         summary = _phases(run, examples, checkpoints, reward_fn, began)
     write_json(run.directory / "summary.json", summary)
     picture = report.curves(run.directory)
@@ -159,7 +160,7 @@ def _evaluate_all(evaluator, params, examples: Examples) -> dict[str, float]:
     return result
 
 
-def _say_hello(run: Run, examples: Examples) -> None:
+def _say_hello(run: Run, examples: Examples, dropped: int) -> None:
     size = _count(run.policy.model.abstract_params())
     device = jax.devices()[0]
     console().print(
@@ -167,6 +168,11 @@ def _say_hello(run: Run, examples: Examples) -> None:
         f"{device.platform} device(s), rollouts in {run.config.rollout.recipe}, "
         f"{len(examples.train)} problems to train on, {len(examples.heldout)} held out"
     )
+    if dropped:
+        console().print(
+            f"{dropped} further problems are left out: their prompts are above "
+            f"rollout.max_prompt_tokens={run.config.rollout.max_prompt_tokens}"
+        )
     if run.config.task.eval_file and not examples.real:
         console().print(f"{run.config.task.eval_file} is not here: evaluation on it is skipped")
 

@@ -12,6 +12,7 @@ import jax
 from ais_jax import mesh as mesh_lib
 from ais_jax import models, tasks
 from ais_jax.config import Config
+from ais_jax.errors import UserError
 from ais_jax.models import LladaConfig, Model, ModelConfig, Params, PretrainedModel
 from ais_jax.models.checkpoint import Checkpoint, open_model, tokenizer_of
 from ais_jax.models.naming import Tensor
@@ -173,6 +174,23 @@ def initial_params(run: Run) -> tuple[Params, Params | None]:
     if lora is None:
         return base, None
     return programs.init_trainable(key), programs.hold(base)
+
+
+def drop_long(examples: Examples, prompter: Prompter) -> Examples:
+    """Without the training problems whose prompts are above `max_prompt_tokens`.
+
+    Raises:
+      UserError: none is left.
+    """
+    room = prompter.max_prompt_tokens
+    lengths = [len(prompter.prompt_ids(example)) for example in examples.train]
+    train = [x for x, n in zip(examples.train, lengths, strict=True) if n <= room]
+    if not train:
+        raise UserError(
+            f"all prompts are above rollout.max_prompt_tokens={room}, the shortest has "
+            f"{min(lengths)} tokens; raise it"
+        )
+    return dataclasses.replace(examples, train=train)
 
 
 def build_examples(config: Config) -> Examples:

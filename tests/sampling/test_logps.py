@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.stats
 
 from ais_jax.sampling import logps as lp
 
@@ -37,6 +38,38 @@ def test_samples_follow_the_law():
     # The 0.9999 quantile of chi-square with 3 degrees of freedom.
     assert ((counts[ALLOWED] - expected) ** 2 / expected).sum() < 21.1
     np.testing.assert_array_equal(chosen, np.asarray(logps)[np.asarray(tokens)])
+
+
+def bfloat16_noise(logps, keys):
+    """`lp.sample` with noise of too few bits."""
+    draw = jax.vmap(lambda key: jax.random.gumbel(key, logps.shape[1:], jnp.bfloat16))
+    return jnp.argmax(logps + draw(keys).astype(jnp.float32), axis=-1)
+
+
+def test_rare_tokens_are_drawn_as_often_as_they_should():
+    """A few dominant tokens, sixty rare ones; noise that is rounded to bfloat16 loses these."""
+    rows, length, vocab = 3125, 32, 64
+    law = np.array([0.6, 0.25, 0.1, 0.02] + [0.03 / 60] * 60)
+    logps = jnp.broadcast_to(jnp.asarray(np.log(law), jnp.float32), (rows, length, vocab))
+    keys = jax.random.split(jax.random.key(11), rows)
+
+    def statistic(tokens):
+        counts = np.bincount(np.asarray(tokens).ravel(), minlength=vocab)
+        expected = rows * length * law
+        return ((counts - expected) ** 2 / expected).sum()
+
+    limit = scipy.stats.chi2.ppf(1 - 1e-4, vocab - 1)
+    assert statistic(jax.jit(lp.sample)(logps, keys)[0]) < limit
+    assert statistic(jax.jit(bfloat16_noise)(logps, keys)) > 10 * limit
+
+
+def test_positions_of_a_row_draw_on_their_own():
+    """Two positions with one law: all pairs of tokens, as often as the product says."""
+    law = np.array([0.5, 0.3, 0.2])
+    logps = jnp.broadcast_to(jnp.log(jnp.asarray(law, jnp.float32)), (20_000, 2, 3))
+    tokens, _ = jax.jit(lp.sample)(logps, jax.random.split(jax.random.key(5), 20_000))
+    counts = np.bincount(np.asarray(tokens) @ [3, 1], minlength=9)
+    assert scipy.stats.chisquare(counts, 20_000 * np.outer(law, law).ravel()).pvalue > 1e-4
 
 
 @pytest.mark.smoke
