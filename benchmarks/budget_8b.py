@@ -24,7 +24,6 @@ import jax.numpy as jnp
 from ais_jax import config as config_lib
 from ais_jax import mesh as mesh_lib
 from ais_jax import settings
-from ais_jax.models import LladaConfig
 from ais_jax.quantize import bytes_of
 from ais_jax.sampling import Rollout
 from ais_jax.train.setup import build_run
@@ -45,6 +44,8 @@ def job(args) -> config_lib.Config:
                 "max_prompt_tokens": args.prompt,
                 "max_new_tokens": args.length - args.prompt,
                 "score_chunk": 64,
+                # Diffusion models alone: 2 tokens a step, scored at 8 canvases.
+                "diffusion": {"steps": (args.length - args.prompt) // 2, "segments": 8},
             },
             "grpo": {"batch_size": args.rollouts, "micro_batch_size": args.rows},
             "train": {"remat": True},
@@ -86,7 +87,7 @@ def shapes_of(run):
     return state, frozen, jax.eval_shape(run.policy.join, trainable, frozen)
 
 
-def batch_of(config) -> TrainBatch:
+def batch_of(run, config) -> TrainBatch:
     """A rollout batch as shapes."""
     rows, width, length = (
         config.grpo.minibatch_size,
@@ -101,6 +102,10 @@ def batch_of(config) -> TrainBatch:
     ids = array(jnp.int32, length)
     prompts = array(jnp.int32, width), array(bool, width)
     rollout = Rollout(*prompts, ids, mask, floats, array(bool))
+    if run.policy.sampling.diffusion is not None:
+        keys = array(jax.random.key(0).dtype)
+        rollout = rollout._replace(step_map=ids, forwards=array(jnp.int32))
+        rollout = jax.eval_shape(run.programs.plan, rollout, keys)
     return TrainBatch(rollout, mask, array(jnp.float32), floats, None)
 
 
@@ -131,7 +136,7 @@ def main() -> None:
     state, frozen, params = on(mesh, shapes_of(run))
     ids = jax.ShapeDtypeStruct((args.rows, args.length), jnp.int32)
     scalar = jax.ShapeDtypeStruct((), jnp.float32)
-    batch, ids, scalar = on(mesh, (batch_of(config), ids, scalar))
+    batch, ids, scalar = on(mesh, (batch_of(run, config), ids, scalar))
     compiled("forward", jax.jit(lambda p, x: model.logits(p, x)[:, -1]), params, ids)
     copy, _ = jax.eval_shape(lambda p: run.programs.refit(p, None), params)
     programs = {
@@ -148,10 +153,10 @@ def main() -> None:
         "sum of these": 0,
     }
     rows["sum of these"] = sum(rows.values())
-    if not isinstance(model.config, LladaConfig):  # which is not sampled token by token
-        keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), args.rollouts))
-        inputs = on(mesh, (copy, batch.rollout.prompts, batch.rollout.prompt_mask, keys))
-        programs["rollout"] = compiled("rollout", run.programs.rollout, *inputs)
+    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), args.rollouts))
+    inputs = on(mesh, (copy, batch.rollout.prompts, batch.rollout.prompt_mask, keys))
+    programs["rollout"] = compiled("rollout", run.programs.rollout, *inputs)
+    if run.policy.sampling.diffusion is None:
         cache = jax.eval_shape(lambda: model.empty_cache(args.rollouts, args.length))
         rows[f"cache of {args.rollouts} rows"] = bytes_of(cache)
     for name, program in programs.items():

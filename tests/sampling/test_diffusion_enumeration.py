@@ -109,9 +109,8 @@ def rollout_of(policy):
 @functools.cache
 def scorer(policy):
     """params -> [N, T] log-probs of all trajectories."""
-    return jax.jit(
-        lambda params: policy.score(params, rollout_of(policy))[0], compiler_options=QUICK
-    )
+    score = jax.jit(policy.score, compiler_options=QUICK)
+    return lambda params: score(params, rollout_of(policy))[0]
 
 
 def log_probability(policy, params):
@@ -250,8 +249,11 @@ def test_importance_weighted_gradients_are_the_policy_gradient(name):
     kept, returns = supported(policy), returns_of(policy)
     p, q = (log_probability(policy, params_of(r)) for r in ("none", "fp4"))
     weights = np.exp(oracle(policy, "fp4")) * np.exp(np.where(kept, p - q, 0)) * returns
-    gradient = jax.grad(lambda x: jnp.sum(weights * scorer(policy)(x).sum(axis=1)))(params)
 
+    def surrogate(params, rollout):
+        return jnp.sum(weights * policy.score(params, rollout)[0].sum(axis=1))
+
+    gradient = jax.jit(jax.grad(surrogate), compiler_options=QUICK)(params, rollout_of(policy))
     wide = jax.tree.map(lambda x: np.asarray(x, np.float64), params)
 
     def mean_return(step):

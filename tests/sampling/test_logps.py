@@ -63,6 +63,24 @@ def test_rare_tokens_are_drawn_as_often_as_they_should():
     assert statistic(jax.jit(bfloat16_noise)(logps, keys)) > 10 * limit
 
 
+@pytest.mark.slow
+def test_very_rare_tokens_are_drawn_as_often_as_they_should():
+    """Most of a large vocabulary is less probable than the spacing of uniform float32 below 1."""
+    vocab, rare, batches = 32_768, 4e-8, 192
+    law = np.full(vocab, rare)
+    law[0] = 1 - rare * (vocab - 1)
+    logps = jnp.broadcast_to(jnp.asarray(np.log(law), jnp.float32), (64, vocab))
+
+    def draw(key):
+        return lp.sample(logps, jax.random.split(key, 64))[0]
+
+    keys = jax.random.split(jax.random.key(0), batches)
+    seen = int((jax.jit(lambda keys: jax.lax.map(draw, keys))(keys) != 0).sum())
+    expected = 64 * batches * rare * (vocab - 1)
+    low, high = scipy.stats.poisson.ppf([1e-3, 1 - 1e-3], expected)
+    assert low <= seen <= high
+
+
 def test_positions_of_a_row_draw_on_their_own():
     """Two positions with one law: all pairs of tokens, as often as the product says."""
     law = np.array([0.5, 0.3, 0.2])
