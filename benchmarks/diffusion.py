@@ -15,11 +15,11 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import datetime
 import functools
 import os
 import pathlib
 import platform
+import re
 import shlex
 import sys
 import time
@@ -36,42 +36,33 @@ from ais_jax.sampling import DiffusionConfig, Policy, Rollout, SamplingConfig, e
 from ais_jax.sampling import logps as lp
 
 TOKENS_A_STEP = 2
+RATES = ("", "s a rollout", "tokens/s", "times the first", "forwards: mean row", "slowest row")
 
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """A model with the canvas that it fills. `wide_vocabulary` is that of part a."""
+    """A model with the canvas that it fills. `wide` has the vocabulary of part a."""
 
     config: LladaConfig
+    wide: LladaConfig
     batches: tuple[int, ...]
     prompt: int
     length: int
     block: int
-    wide_vocabulary: int
     recipe: str
-
-    @property
-    def model(self) -> Model:
-        return Model(self.config)
-
-    def with_vocabulary(self, size: int) -> Job:
-        config = dataclasses.replace(self.config, vocab_size=size, mask_token_id=size - 1)
-        return dataclasses.replace(self, config=config)
 
     def policy(self, **settings) -> Policy:
         """The sampler, at temperature 1; by default of `TOKENS_A_STEP`."""
         settings = {"steps": self.length // TOKENS_A_STEP, "segments": 0} | settings
-        mask_id = self.config.mask_token_id
-        sampling = SamplingConfig(
-            max_new_tokens=self.length,
-            temperature=1.0,
-            pad_id=0,
-            eos_ids=(1,),
-            token_count=mask_id,
-            mask_id=mask_id,
-            diffusion=DiffusionConfig(block_length=self.block, **settings),
-        )
-        return Policy(self.model, sampling)
+        diffusion = DiffusionConfig(block_length=self.block, **settings)
+        last = self.config.mask_token_id
+        sampling = SamplingConfig(self.length, 1, 0, (1,), last, mask_id=last, diffusion=diffusion)
+        return Policy(Model(self.config), sampling)
+
+    @property
+    def canvas(self) -> str:
+        sizes = f"Canvas {self.prompt} + {self.length}, blocks of {self.block}"
+        return f"{sizes}, vocabulary {self.config.vocab_size:,}"
 
     def inputs(self, rows: int) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Random prompts, their mask, a key a row."""
@@ -80,20 +71,20 @@ class Job:
         return prompts, jnp.ones(shape, bool), jax.random.split(jax.random.key(2), rows)
 
 
-def job_of(name: str, recipe: str | None, vocabulary: int | None) -> Job:
-    gpu = jax.default_backend() == "gpu"
+def job_of(name: str, recipe: str | None) -> Job:
+    recipe = recipe or ("fp8" if jax.default_backend() == "gpu" else "int8")
 
-    def config(width, hidden, depth, heads, size):
-        return LladaConfig(size, width, hidden, depth, heads, heads, mask_token_id=size - 1)
+    large = (4096, 12288, 32, 32, 32)
+    sizes = {"tiny": (64, 128, 2, 4, 4), "100m": (768, 2048, 12, 12, 12), "8b": large}
 
-    recipe = recipe or ("fp8" if gpu else "int8")
-    jobs = {
-        "tiny": Job(config(64, 128, 2, 4, 256), (4,), 16, 16, 8, 1024, recipe),
-        "100m": Job(config(768, 2048, 12, 12, 8192), (8,), 64, 64, 32, 32_000, recipe),
-        "8b": Job(config(4096, 12288, 32, 32, 126_464), (8, 32), 200, 256, 32, 126_464, recipe),
-    }
-    job = jobs[name]
-    return job.with_vocabulary(vocabulary) if vocabulary else job
+    def config(vocabulary: int) -> LladaConfig:
+        return LladaConfig(vocabulary, *sizes[name], mask_token_id=vocabulary - 1)
+
+    return {
+        "tiny": Job(config(256), config(1024), (4,), 16, 16, 8, recipe),
+        "100m": Job(config(8192), config(32_000), (8,), 64, 64, 32, recipe),
+        "8b": Job(config(126_464), config(126_464), (8, 32), 200, 256, 32, recipe),
+    }[name]
 
 
 def init(job: Job) -> Params:
@@ -108,9 +99,9 @@ def init(job: Job) -> Params:
     @jax.jit
     def create(key):
         params = jax.tree_util.tree_map_with_path(
-            lambda path, x: x * factors.get(path[-1].key, 1.0), job.model.init(key)
+            lambda path, x: x * factors.get(path[-1].key, 1.0), Model(job.config).init(key)
         )
-        return cast_params(job.model, params, "bfloat16")
+        return cast_params(Model(job.config), params, "bfloat16")
 
     return create(jax.random.key(0))
 
@@ -139,73 +130,77 @@ def table(*rows: tuple) -> list[str]:
     return [lines[0], "|" + " --- |" * len(rows[0]), *lines[1:]]
 
 
-# a
-
-
 def output_layer(job: Job, repeats: int) -> list[str]:
     """One step with the output layer, and the draw, over all of the canvas or the active block."""
-    job = job.with_vocabulary(job.wide_vocabulary)
-    rows, config = job.batches[0], job.policy().sampling
-    params, (prompts, mask, keys) = init(job), job.inputs(rows)
-    ids = jnp.pad(prompts, ((0, 0), (0, job.length)), constant_values=config.mask_id)
+    job = dataclasses.replace(job, config=job.wide)
+    policy, mask_id = job.policy(), job.config.mask_token_id
+    prompts, mask, keys = job.inputs(job.batches[0])
+    ids = jnp.pad(prompts, ((0, 0), (0, job.length)), constant_values=mask_id)
     mask = jnp.pad(mask, ((0, 0), (0, job.length)), constant_values=True)
-    arguments = (params, ids, mask, keys, jnp.int32(job.prompt))
-
-    def compiled(*wide):
-        step = jax.jit(functools.partial(_step, job, config, *wide))
-        return step.lower(*arguments).compile()
-
-    programs = {
-        "both on the whole canvas": compiled(True, True),
-        "output layer on the whole canvas, draw on the block": compiled(True, False),
-        "both on the block (the sampler)": compiled(False, False),
+    arguments = (init(job), ids, mask, keys, jnp.int32(job.prompt))
+    programs: dict[str, Any] = {
+        name: jax.jit(functools.partial(_step, policy, *wide)).lower(*arguments).compile()
+        for name, wide in {
+            "both on the whole canvas": (True, True),
+            "output layer on the whole canvas, draw on the block": (True, False),
+            "both on the block, as the sampler": (False, False),
+        }.items()
     }
     variants = {k: functools.partial(p, *arguments) for k, p in programs.items()}
     seconds, _ = interleave(variants, repeats)
-    block = seconds["both on the block (the sampler)"]
+    *_, block = seconds.values()
     lines = []
     for name, s in seconds.items():
         held = programs[name].memory_analysis().temp_size_in_bytes / 2**20
         lines.append((name, spread(1e3 * s, 0), f"{np.median(s / block):.2f}", f"{held:,.0f}"))
-    text = f"{_canvas(job, rows)}. A step: forward, output layer, draw, choice of the surest."
+    text = f"{job.canvas}. A step: forward, output layer, draw, choice of the surest."
     return [text, "", *table(("", "ms a step", "times the block's", "temporaries, MiB"), *lines)]
 
 
-def _step(job, config, wide_head, wide_draw, params, ids, mask, keys, start):
+def _step(policy, wide_head, wide_draw, params, ids, mask, keys, start):
     """The canvas after a step. What is wide is done for every position and then cut."""
+    model, sampling, length = policy.model, policy.sampling, policy.sampling.settings.block_length
     cut = functools.partial(
-        jax.lax.dynamic_slice_in_dim, start_index=start, slice_size=job.block, axis=1
+        jax.lax.dynamic_slice_in_dim, start_index=start, slice_size=length, axis=1
     )
-    hidden, _ = job.model.hidden(params, ids, positions_of(mask), mask)
-    logits = job.model.unembed(params, hidden if wide_head else cut(hidden))
+    hidden, _ = model.hidden(params, ids, positions_of(mask), mask)
+    logits = model.unembed(params, hidden if wide_head else cut(hidden))
     logits = cut(logits) if wide_head and not wide_draw else logits
-    law = lp.log_probs(logits, config.temperature, config.allowed_ids(logits.shape[-1]))
-    tokens, logps = lp.sample(law, keys)
-    tokens, logps = (cut(tokens), cut(logps)) if wide_draw else (tokens, logps)
+    law = lp.log_probs(logits, sampling.temperature, sampling.allowed_ids(logits.shape[-1]))
+    tokens, logps = (cut(x) if wide_draw else x for x in lp.sample(law, keys))
     old = cut(ids)
-    sure = jnp.where(old == config.mask_id, logps, -jnp.inf)
+    sure = jnp.where(old == sampling.mask_id, logps, -jnp.inf)
     least = jax.lax.top_k(sure, TOKENS_A_STEP)[0][:, -1:]
     new = jnp.where(sure >= least, tokens.astype(ids.dtype), old)
     return jax.lax.dynamic_update_slice_in_dim(ids, new, start, axis=1)
 
 
-# b and c
+def rates(job: Job, params: Params, policies: dict[str, Policy], repeats: int):
+    """(the columns `RATES`, the rollout) of each policy."""
+    rows = job.batches[0]
+    arguments = (params, *job.inputs(rows))
+    programs = {name: jax.jit(policy.rollout) for name, policy in policies.items()}
+    variants = {k: functools.partial(p, *arguments) for k, p in programs.items()}
+    seconds, rollouts = interleave(variants, repeats)
+    first, columns = next(iter(seconds.values())), {}
+    for name, s in seconds.items():
+        forwards = np.asarray(rollouts[name].forwards)
+        speed = (f"{rows * job.length / np.median(s):,.1f}", f"{np.median(first / s):.2f}")
+        columns[name] = (name, spread(s, 2), *speed, f"{forwards.mean():.1f}", forwards.max())
+    return columns, rollouts
 
 
 def caches(job: Job, repeats: int) -> list[str]:
     """Whole rollouts with each cache, and their log-probs against an uncached score."""
     policies = {name: job.policy(cache=name) for name in ("none", "prefix", "dual")}
     params = init(job)
-    seconds, rollouts = _rollouts(job, params, policies, repeats)
+    columns, rollouts = rates(job, params, policies, repeats)
     score = jax.jit(functools.partial(_uncached, job.policy()))
     errors = {name: np.asarray(score(params, r)) for name, r in rollouts.items()}
-    lines = [
-        (*row, f"{np.mean(errors[name]):.4f}", f"{np.max(errors[name]):.2f}")
-        for name, row in _rates(job, seconds, rollouts).items()
-    ]
+    lines = [(*columns[k], f"{np.mean(e):.4f}", f"{np.max(e):.2f}") for k, e in errors.items()]
     head = (*RATES, "mean abs. difference of log-probs, nats", "largest")
     text = (
-        f"{_canvas(job, job.batches[0])}, {TOKENS_A_STEP} tokens a step. A rollout's log-probs against those of "
+        f"{job.canvas}, {TOKENS_A_STEP} tokens a step. A rollout's log-probs against those of "
         "the same tokens at the same canvases without a cache; none against none is rounding."
     )
     return [text, "", *table(head, *lines)]
@@ -226,53 +221,20 @@ def schedules(job: Job, repeats: int) -> list[str]:
         "threshold 0.7": job.policy(schedule="threshold", threshold=0.7),
         "factor 1": job.policy(schedule="factor", factor=1.0),
     }
-    seconds, rollouts = _rollouts(job, init(job), policies, repeats)
-    lines = [
-        (*row, f"{np.mean(np.exp(rollouts[name].logps)):.2f}")
-        for name, row in _rates(job, seconds, rollouts).items()
-    ]
+    columns, rollouts = rates(job, init(job), policies, repeats)
+    lines = [(*columns[k], f"{np.mean(np.exp(r.logps)):.2f}") for k, r in rollouts.items()]
     text = (
-        f"{_canvas(job, job.batches[0])}. How many forwards the adaptive schedules take is a matter of these "
+        f"{job.canvas}. How many forwards the adaptive schedules take is a matter of these "
         "random weights, whose logits were scaled to a standard deviation of 13 so that some "
         "tokens are sure; the time of a forward is not. A batch waits for its slowest row."
     )
     return [text, "", *table((*RATES, "mean probability of a token when committed"), *lines)]
 
 
-RATES = ("", "s a rollout", "tokens/s", "times the first", "forwards: mean row", "slowest row")
-
-
-def _rollouts(job: Job, params: Params, policies: dict[str, Policy], repeats: int):
-    arguments = (params, *job.inputs(job.batches[0]))
-    programs = {name: jax.jit(policy.rollout) for name, policy in policies.items()}
-    variants = {k: functools.partial(p, *arguments) for k, p in programs.items()}
-    return interleave(variants, repeats)
-
-
-def _rates(job: Job, seconds: dict, rollouts: dict) -> dict[str, tuple]:
-    """The columns `RATES`, by variant."""
-    first, tokens = next(iter(seconds.values())), job.batches[0] * job.length
-    rows = {}
-    for name, s in seconds.items():
-        forwards = np.asarray(rollouts[name].forwards)
-        speed = (f"{tokens / np.median(s):,.1f}", f"{np.median(first / s):.2f}")
-        rows[name] = (name, spread(s, 2), *speed, f"{forwards.mean():.1f}", forwards.max())
-    return rows
-
-
-def _canvas(job: Job, rows: int) -> str:
-    sizes = f"canvas {job.prompt} + {job.length}, blocks of {job.block}"
-    return f"{rows} rows, {sizes}, vocabulary {job.config.vocab_size:,}"
-
-
-# d
-
-
 def quantized(job: Job, repeats: int) -> list[str]:
     """Whole rollouts of the bfloat16 and the quantized policy, for each number of rows."""
     params = init(job)
-    prepared = quant.prepare(quant.quantize(params, job.recipe))
-    copies = {"bfloat16": params, job.recipe: prepared}
+    copies = {"bfloat16": params, job.recipe: quant.prepare(quant.quantize(params, job.recipe))}
     rollout, lines = jax.jit(job.policy().rollout), []
     for rows in job.batches:
         inputs = job.inputs(rows)
@@ -286,16 +248,13 @@ def quantized(job: Job, repeats: int) -> list[str]:
             reached, top = work / np.median(s), ceilings[name]
             rates = (f"{reached / 1e9:,.0f}", f"{top / 1e9:,.0f}", f"{100 * reached / top:.0f} %")
             lines.append((rows, name, spread(s, 2), tokens, speed_up, *rates))
-    head = ("rows", "linears", "s a rollout", "tokens/s", "times bfloat16",
-            "Gop/s", "ceiling, Gop/s", "share of it")  # fmt: skip
+    columns = ("s a rollout", "tokens/s", "times bfloat16", "Gop/s", "ceiling, Gop/s", "share")
     text = (
-        f"Canvas {job.prompt} + {job.length}, blocks of {job.block}, {TOKENS_A_STEP} tokens a "
-        f"step, no cache, vocabulary {job.config.vocab_size:,}. Operations are two a "
-        "multiplication in linears, attention and output layer; the ceiling is the rate of the "
-        "bare products of the linears' shapes in that format, in the same run. Attention and "
-        "output layer stay in bfloat16."
+        f"{job.canvas}, {TOKENS_A_STEP} tokens a step. Operations of linears, attention and output "
+        "layer, of which only the linears are quantized; the ceiling is the rate of the bare "
+        "products of the linears' shapes in that format."
     )
-    return [text, "", *table(head, *lines)]
+    return [text, "", *table(("rows", "linears", *columns), *lines)]
 
 
 def linear_shapes(config: LladaConfig) -> list[tuple[int, int]]:
@@ -316,26 +275,21 @@ def matmul_ceilings(job: Job, rows: int, repeats: int) -> dict[str, float]:
     """Operations a second of the bare products, weighted as in the model, by format."""
     count = rows * (job.prompt + job.length)
     shapes = linear_shapes(job.config)
-    run = jax.jit(_bare)
-    variants = {}
+    product = jax.jit(jnp.matmul, static_argnames="preferred_element_type")
+    exact = jnp.int32 if job.recipe.startswith("int") else jnp.float32
+    variants: dict[tuple, Callable] = {}
     for inner, outer in set(shapes):
         x = jax.random.normal(jax.random.key(3), (count, inner), jnp.bfloat16)
         w = jax.random.normal(jax.random.key(4), (inner, outer), jnp.bfloat16)
         copy = quant.prepare(quant.quantize({"q_proj": w}, job.recipe))["q_proj"].values
-        variants[("bfloat16", inner, outer)] = functools.partial(run, x, w)
         codes = jnp.clip(jnp.round(x * 32), -127, 127).astype(copy.dtype)
-        variants[(job.recipe, inner, outer)] = functools.partial(run, codes, copy)
+        plain = functools.partial(product, x, w, preferred_element_type=jnp.float32)
+        coded = functools.partial(product, codes, copy, preferred_element_type=exact)
+        variants |= {("bfloat16", inner, outer): plain, (job.recipe, inner, outer): coded}
     seconds, _ = interleave(variants, repeats)
     total = 2 * count * sum(a * b for a, b in shapes)
-    return {
-        name: total / sum(np.median(seconds[(name, *shape)]) for shape in shapes)
-        for name in ("bfloat16", job.recipe)
-    }
-
-
-def _bare(x: jax.Array, w: jax.Array) -> jax.Array:
-    wide = jnp.int32 if jnp.issubdtype(x.dtype, jnp.integer) else jnp.float32
-    return jnp.matmul(x, w, preferred_element_type=wide)
+    times = {n: sum(np.median(seconds[(n, *s)]) for s in shapes) for n in ("bfloat16", job.recipe)}
+    return {name: total / time for name, time in times.items()}
 
 
 PARTS = {
@@ -348,24 +302,23 @@ PARTS = {
 
 def header(args: argparse.Namespace, job: Job) -> list[str]:
     device, c = jax.devices()[0], job.config
-    count = sum(x.size for x in jax.tree.leaves(job.model.abstract_params())) / 1e6
+    count = sum(x.size for x in jax.tree.leaves(Model(job.config).abstract_params())) / 1e6
     machine = f"{jax.device_count()} x {device.device_kind}; {os.cpu_count()} cores of {_cpu()}"
     versions = f"Python {platform.python_version()}, jax {jax.__version__}"
-    sizes = f"{c.n_layers} blocks of width {c.d_model}, feed-forward {c.mlp_hidden_size}"
     return [
         f"# Masked diffusion sampler: {args.model}\n",
         f"    python {shlex.join(sys.argv)}\n",
-        f"{datetime.date.today()}; {machine}; {versions}. {_load()} as it began.\n",
+        f"{time.strftime('%Y-%m-%d')}; {machine}; {versions}. {_load()} as it began.\n",
         f"LLaDA of {count:,.1f} M random bfloat16 parameters at a vocabulary of "
-        f"{c.vocab_size:,}: {sizes}, {c.n_heads} heads. Medians (least to largest) of "
-        f"{args.repeats} repeats, the variants of a table taking turns.",
+        f"{c.vocab_size:,}: {c.n_layers} blocks of width {c.d_model}, {c.n_heads} heads. "
+        f"{job.batches[0]} rows unless a table says otherwise. Medians (least to largest) of "
+        f"{args.repeats} repeats, taken in turns.",
     ]
 
 
 def _cpu() -> str:
     info = pathlib.Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    names = re.findall("model name\\s*: (.*)", info.read_text() if info.exists() else "")
     return names[0] if names else platform.machine()
 
 
@@ -378,15 +331,13 @@ def main() -> None:
     parser.add_argument("--model", choices=("tiny", "100m", "8b"), default="tiny")
     parser.add_argument("--only", default="a,b,c,d", help="parts, with commas")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--recipe", choices=[x for x in quant.RECIPES if x != "none"],
-                        help="of part d; int8, on a GPU fp8")  # fmt: skip
-    parser.add_argument("--vocabulary", type=int, help="of parts b, c and d")
+    parser.add_argument("--recipe", choices=("int8", "int4", "fp8", "fp4"), help="of part d")
     parser.add_argument("--output", type=pathlib.Path, help="file for the tables")
     args = parser.parse_args()
     parts = args.only.split(",")
     if unknown := set(parts) - set(PARTS):
         parser.error(f"--only {args.only}: {', '.join(sorted(unknown))} is none of a, b, c, d")
-    job = job_of(args.model, args.recipe, args.vocabulary)
+    job = job_of(args.model, args.recipe)
     lines = header(args, job)
     print("\n".join(lines), flush=True)
     for part in parts:
