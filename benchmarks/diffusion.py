@@ -52,9 +52,9 @@ class Job:
     recipe: str
 
     def policy(self, **settings) -> Policy:
-        """The sampler, at temperature 1; by default of `TOKENS_A_STEP`."""
-        settings = {"steps": self.length // TOKENS_A_STEP, "segments": 0} | settings
-        diffusion = DiffusionConfig(block_length=self.block, **settings)
+        """The sampler, at temperature 1; the static schedule commits `TOKENS_A_STEP`."""
+        steps = self.length // TOKENS_A_STEP
+        diffusion = DiffusionConfig(self.block, steps, segments=0, **settings)
         last = self.config.mask_token_id
         sampling = SamplingConfig(self.length, 1, 0, (1,), last, mask_id=last, diffusion=diffusion)
         return Policy(Model(self.config), sampling)
@@ -75,10 +75,10 @@ def job_of(name: str, recipe: str | None) -> Job:
     recipe = recipe or ("fp8" if jax.default_backend() == "gpu" else "int8")
 
     large = (4096, 12288, 32, 32, 32)
-    sizes = {"tiny": (64, 128, 2, 4, 4), "100m": (768, 2048, 12, 12, 12), "8b": large}
+    sizes = {"tiny": (64, 128, 2, 4, 4), "100m": (768, 2048, 12, 12, 12), "8b": large}[name]
 
     def config(vocabulary: int) -> LladaConfig:
-        return LladaConfig(vocabulary, *sizes[name], mask_token_id=vocabulary - 1)
+        return LladaConfig(vocabulary, *sizes, mask_token_id=vocabulary - 1)
 
     return {
         "tiny": Job(config(256), config(1024), (4,), 16, 16, 8, recipe),
@@ -96,14 +96,13 @@ def init(job: Job) -> Params:
     unit = 1 / (0.02 * job.config.d_model**0.5)  # brings outputs of a kernel to a deviation of 1
     factors = {"q_proj": 1.3 * unit, "k_proj": 1.3 * unit, "lm_head": 13 * unit}
 
-    @jax.jit
     def create(key):
         params = jax.tree_util.tree_map_with_path(
             lambda path, x: x * factors.get(path[-1].key, 1.0), Model(job.config).init(key)
         )
         return cast_params(Model(job.config), params, "bfloat16")
 
-    return create(jax.random.key(0))
+    return jax.jit(create)(jax.random.key(0))
 
 
 def interleave(variants: Mapping[Any, Callable], repeats: int) -> tuple[dict, dict]:
@@ -153,39 +152,38 @@ def output_layer(job: Job, repeats: int) -> list[str]:
     for name, s in seconds.items():
         held = programs[name].memory_analysis().temp_size_in_bytes / 2**20
         lines.append((name, spread(1e3 * s, 0), f"{np.median(s / block):.2f}", f"{held:,.0f}"))
-    text = f"{job.canvas}. A step: forward, output layer, draw, choice of the surest."
-    return [text, "", *table(("", "ms a step", "times the block's", "temporaries, MiB"), *lines)]
+    head = ("", "ms a step", "times the block's", "temporaries, MiB")
+    return [f"{job.canvas}. A step: forward, output layer, draw, choice.", "", *table(head, *lines)]
 
 
 def _step(policy, wide_head, wide_draw, params, ids, mask, keys, start):
     """The canvas after a step. What is wide is done for every position and then cut."""
     model, sampling, length = policy.model, policy.sampling, policy.sampling.settings.block_length
-    cut = functools.partial(
-        jax.lax.dynamic_slice_in_dim, start_index=start, slice_size=length, axis=1
-    )
+
+    def cut(x):
+        return jax.lax.dynamic_slice_in_dim(x, start, length, axis=1)
+
     hidden, _ = model.hidden(params, ids, positions_of(mask), mask)
     logits = model.unembed(params, hidden if wide_head else cut(hidden))
     logits = cut(logits) if wide_head and not wide_draw else logits
     law = lp.log_probs(logits, sampling.temperature, sampling.allowed_ids(logits.shape[-1]))
     tokens, logps = (cut(x) if wide_draw else x for x in lp.sample(law, keys))
-    old = cut(ids)
-    sure = jnp.where(old == sampling.mask_id, logps, -jnp.inf)
-    least = jax.lax.top_k(sure, TOKENS_A_STEP)[0][:, -1:]
-    new = jnp.where(sure >= least, tokens.astype(ids.dtype), old)
+    sure = jnp.where(cut(ids) == sampling.mask_id, logps, -jnp.inf)
+    chosen = sure >= jax.lax.top_k(sure, TOKENS_A_STEP)[0][:, -1:]
+    new = jnp.where(chosen, tokens.astype(ids.dtype), cut(ids))
     return jax.lax.dynamic_update_slice_in_dim(ids, new, start, axis=1)
 
 
 def rates(job: Job, params: Params, policies: dict[str, Policy], repeats: int):
     """(the columns `RATES`, the rollout) of each policy."""
-    rows = job.batches[0]
-    arguments = (params, *job.inputs(rows))
+    arguments = (params, *job.inputs(job.batches[0]))
     programs = {name: jax.jit(policy.rollout) for name, policy in policies.items()}
     variants = {k: functools.partial(p, *arguments) for k, p in programs.items()}
     seconds, rollouts = interleave(variants, repeats)
     first, columns = next(iter(seconds.values())), {}
     for name, s in seconds.items():
-        forwards = np.asarray(rollouts[name].forwards)
-        speed = (f"{rows * job.length / np.median(s):,.1f}", f"{np.median(first / s):.2f}")
+        forwards, tokens = np.asarray(rollouts[name].forwards), rollouts[name].tokens.size
+        speed = (f"{tokens / np.median(s):,.1f}", f"{np.median(first / s):.2f}")
         columns[name] = (name, spread(s, 2), *speed, f"{forwards.mean():.1f}", forwards.max())
     return columns, rollouts
 
@@ -287,9 +285,9 @@ def matmul_ceilings(job: Job, rows: int, repeats: int) -> dict[str, float]:
         coded = functools.partial(product, codes, copy, preferred_element_type=exact)
         variants |= {("bfloat16", inner, outer): plain, (job.recipe, inner, outer): coded}
     seconds, _ = interleave(variants, repeats)
-    total = 2 * count * sum(a * b for a, b in shapes)
+    work = 2 * count * sum(a * b for a, b in shapes)
     times = {n: sum(np.median(seconds[(n, *s)]) for s in shapes) for n in ("bfloat16", job.recipe)}
-    return {name: total / time for name, time in times.items()}
+    return {name: work / time for name, time in times.items()}
 
 
 PARTS = {
@@ -335,10 +333,9 @@ def main() -> None:
     parser.add_argument("--output", type=pathlib.Path, help="file for the tables")
     args = parser.parse_args()
     parts = args.only.split(",")
-    if unknown := set(parts) - set(PARTS):
-        parser.error(f"--only {args.only}: {', '.join(sorted(unknown))} is none of a, b, c, d")
-    job = job_of(args.model, args.recipe)
-    lines = header(args, job)
+    if not set(parts) <= set(PARTS):
+        parser.error(f"--only {args.only} must be some of a,b,c,d")
+    lines = header(args, job := job_of(args.model, args.recipe))
     print("\n".join(lines), flush=True)
     for part in parts:
         title, measure = PARTS[part]
