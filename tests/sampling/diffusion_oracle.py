@@ -196,7 +196,7 @@ def noise_of(keys, config: SamplingConfig, vocab_size: int):
     return [lambda step, b=b: (gumbel[b, step], uniform[b, step]) for b in range(len(keys))]
 
 
-EOS, PAD, MASK, VOCAB, COUNT, LENGTH = 1, 0, 21, 24, 20, 8
+EOS, PAD, MASK, VOCAB, COUNT, LENGTH = 1, 0, 13, 24, 20, 8
 CONFIG = LladaConfig(
     vocab_size=VOCAB,
     d_model=32,
@@ -250,7 +250,8 @@ def batch(rows=8, width=5):
     rng = np.random.default_rng(0)
     lengths = rng.integers(1, width + 1, rows)
     mask = np.arange(width)[None] >= width - lengths[:, None]
-    prompts = np.where(mask, rng.integers(2, COUNT, (rows, width)), PAD).astype(np.int32)
+    words = np.setdiff1d(np.arange(2, COUNT), MASK)
+    prompts = np.where(mask, rng.choice(words, (rows, width)), PAD).astype(np.int32)
     return jnp.asarray(prompts), jnp.asarray(mask), jax.random.split(jax.random.key(7), rows)
 
 

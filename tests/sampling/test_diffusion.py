@@ -106,13 +106,13 @@ def test_log_probs_agree_across_meshes(data, fsdp, tensor):
 def test_forbidden_ids_are_never_sampled_and_the_mask_ends_with_the_end_token():
     """A model that would choose nothing but what is forbidden, and the end token now and then."""
     params = params_of()
-    head = params["lm_head"].at[:, np.array([PAD, *range(COUNT, VOCAB)])].multiply(5.0)
-    params = {**params, "lm_head": head.at[:, EOS].multiply(2.0)}
+    head = params["lm_head"].at[:, np.array([PAD, MASK, *range(COUNT, VOCAB)])].multiply(5.0)
+    params = {**params, "lm_head": head.at[:, EOS].multiply(4.0)}
     policy, rows = ALL["random"], 256
     rollout = jitted(policy)[0](params, *batch(rows))
     tokens, mask = np.asarray(rollout.tokens), np.asarray(rollout.mask)
     assert (policy.model.logits(params, tokens).argmax(-1) == MASK).any()
-    assert set(np.unique(tokens)) <= set(range(1, COUNT))
+    assert set(np.unique(tokens)) <= set(range(1, COUNT)) - {MASK}
     ended = (tokens == EOS).any(axis=1)
     length = np.where(ended, (tokens == EOS).argmax(axis=1) + 1, LENGTH)
     assert 20 < ended.sum() < 236
@@ -125,15 +125,23 @@ def test_forbidden_ids_are_never_sampled_and_the_mask_ends_with_the_end_token():
     assert len(np.unique(tokens[~mask])) > 5
 
 
+def test_an_end_token_that_is_padding_too_stays_allowed():
+    ids = np.arange(VOCAB)
+    both = dataclasses.replace(SAMPLING, pad_id=EOS).allowed_ids(VOCAB)
+    np.testing.assert_array_equal(both, (ids < COUNT) & (ids != MASK))
+    apart = SAMPLING.allowed_ids(VOCAB)
+    np.testing.assert_array_equal(apart, (ids < COUNT) & (ids != MASK) & (ids != PAD))
+
+
 def test_of_equally_sure_positions_the_leftmost_is_first():
     """A model that knows nothing: then a choice is certain and adds nothing to its log-probs."""
     policy = ALL["selection"]
     params = {**params_of(), "lm_head": jnp.zeros_like(params_of()["lm_head"])}
     rollout = jitted(policy)[0](params, *batch())
     np.testing.assert_array_equal(rollout.step_map, np.tile([0, 0, 1, 2, 3, 3, 4, 5], (8, 1)))
-    np.testing.assert_allclose(rollout.logps, -np.log(COUNT - 1), rtol=1e-6)
+    np.testing.assert_allclose(rollout.logps, -np.log(COUNT - 2), rtol=1e-6)
     scored, _ = jitted(policy)[1](params, policy.plan(rollout, batch()[2]))
-    np.testing.assert_allclose(scored, -np.log(COUNT - 1), rtol=1e-6)
+    np.testing.assert_allclose(scored, -np.log(COUNT - 2), rtol=1e-6)
 
 
 def test_noise_does_not_repeat():
