@@ -86,7 +86,7 @@ class Sampler:
         self.step_map = [-1] * config.max_new_tokens
         self.logps = [math.nan] * config.max_new_tokens
         self.forwards = 0
-        self.canvases = []  # the tokens before each step
+        self.canvases: list[list[int]] = []  # the tokens before each step
 
     def run(self):
         s = self.config.settings
