@@ -64,6 +64,10 @@ class DiffusionConfig:
         at_least(self, 1, "block_length", "steps", "canvases", "elbo_samples", "draws")
         at_least(self, 0, "cfg_scale", "segments", "prompt_masking")
         positive(self, "factor")
+        for field in dataclasses.fields(self):
+            choices, value = field.metadata.get("choices"), getattr(self, field.name)
+            if choices and value not in choices:
+                raise ValueError(f"{field.name}={value!r} must be one of {', '.join(choices)}")
         for name in ("threshold", "prompt_masking"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be from 0 to 1")
@@ -118,7 +122,7 @@ class DiffusionConfig:
         Raises:
           ValueError: that is no whole number of steps.
         """
-        if self.steps is None or old == new:
+        if self.steps is None or self.schedule != "static" or old == new:
             return self
         if self.steps * new % old:
             raise ValueError(
@@ -134,5 +138,8 @@ class DiffusionConfig:
 
     @property
     def unbiased(self) -> bool:
-        """Whether the mean importance ratio is 1: tokens were drawn from the law that is scored."""
-        return self.recorded and (self.remasking != "low_confidence" or self.selection)
+        """Whether the mean importance ratio of the tokens through the end token is 1.
+
+        In another order than from left to right tokens behind the end may have led to it.
+        """
+        return self.recorded and self.remasking == "ar"

@@ -44,8 +44,10 @@ def draw_plan(rollout: Rollout, keys: jax.Array, config: SamplingConfig) -> Plan
     count = plan.visible.shape[1]
     if settings.canvases is None or settings.canvases >= count:
         return plan
-    order = jax.vmap(lambda key: jax.random.permutation(key, count))(keys[:, 1])
-    order = order[:, : settings.canvases]
+    # A row that took fewer steps than others has canvases at which nothing is scored: those last.
+    empty = ~jnp.any(plan.weights != 0, axis=-1)
+    noise = jax.vmap(lambda key: jax.random.uniform(key, (count,)))(keys[:, 1])
+    order = jnp.argsort(noise + empty, axis=1)[:, : settings.canvases]
     return jax.tree.map(jax.vmap(lambda x, chosen: x[chosen]), plan, Plan(*[order] * 4))
 
 
@@ -105,7 +107,8 @@ def one_step(rollout: Rollout, keys: jax.Array, prompt_masking: float) -> Plan:
     """
     rows, length = rollout.tokens.shape
     width = rollout.prompts.shape[1]
-    draw = jax.vmap(lambda key: jax.random.uniform(key, (1, width)))(keys)
+    # Counted from the right, so that a prompt's masks do not depend on its padding.
+    draw = jax.vmap(lambda key: jax.random.uniform(key, (1, width)))(keys)[..., ::-1]
     positions = jnp.broadcast_to(jnp.arange(length), (rows, 1, length))
     return Plan(
         visible=jnp.zeros((rows, 1, length), bool),

@@ -155,6 +155,8 @@ def test_noise_does_not_repeat():
 
 
 BAD_SETTINGS = [
+    ({"remasking": "Random"}, "remasking='Random' must be one of low_confidence, random, ar"),
+    ({"cache": "both"}, "cache='both' must be one of none, prefix, dual"),
     ({"block_length": 0}, "block_length=0 must be at least 1"),
     ({"steps": 0}, "steps=0 must be at least 1"),
     ({"canvases": 0}, "canvases=0 must be at least 1"),
@@ -213,6 +215,8 @@ def test_another_length_keeps_the_tokens_a_step():
     assert config.resized(32) == config
     with pytest.raises(ValueError, match=r"steps=12 for 32 .* whole .* for 20.*common ratio"):
         config.resized(20)
+    ignored = DiffusionConfig(block_length=8, steps=12, schedule="threshold")
+    assert dataclasses.replace(config, diffusion=ignored).resized(40).settings == ignored
     with pytest.raises(ValueError, match="block_length=8 does not divide the 36 tokens"):
         dataclasses.replace(config, diffusion=DiffusionConfig(block_length=8)).resized(36)
 
@@ -225,6 +229,8 @@ def test_a_mask_id_outside_the_vocabulary_is_refused():
         with pytest.raises(ValueError, match=f"mask_token_id={mask_id} is no id of a vocab.*set"):
             policy.rollout(params_of(), *batch())
     dataclasses.replace(SAMPLING, mask_id=-1, diffusion=None).check_vocabulary(VOCAB)
+    with pytest.raises(ValueError, match=f"mask_token_id={EOS} is an end token too"):
+        dataclasses.replace(SAMPLING, mask_id=EOS).check_vocabulary(VOCAB)
 
 
 def test_a_prompt_with_the_mask_token_is_refused():
@@ -240,8 +246,8 @@ def test_a_prompt_with_the_mask_token_is_refused():
     ("settings", "recorded", "unbiased"),
     [
         ({"segments": 0}, True, False),
-        ({"segments": 0, "selection": True}, True, True),
-        ({"segments": 0, "remasking": "random"}, True, True),
+        ({"segments": 0, "selection": True}, True, False),
+        ({"segments": 0, "remasking": "random"}, True, False),
         ({"segments": 0, "remasking": "ar"}, True, True),
         ({"segments": 8, "remasking": "random"}, False, False),
         ({"segments": 0, "estimator": "ar_order", "remasking": "ar"}, False, False),

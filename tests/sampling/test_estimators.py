@@ -179,7 +179,7 @@ def test_a_part_of_the_canvases_is_a_part_of_the_plan(name):
     np.testing.assert_allclose(entropy, expected[1], atol=2e-5)
 
 
-SCORED = {
+SCORED: dict[str, tuple[Policy, dict]] = {
     "one_step": (STATIC, {"estimator": "one_step", "prompt_masking": 0.4}),
     "left_to_right": (EXACT["guided"], {"estimator": "ar_order"}),
     "elbo": (STATIC, {"estimator": "elbo", "elbo_samples": 2}),
@@ -286,3 +286,22 @@ def test_the_expectation_over_random_masks_is_the_bound():
             share = 1 / T / math.comb(T, size)
             bound += share * T / size * sum(law[k, tokens[k]] for k in hidden)
     np.testing.assert_allclose(found, bound, rtol=1e-5)
+
+
+def test_a_part_of_the_canvases_is_never_empty():
+    """Of rows that took few steps most of the canvases have nothing to score."""
+    policy = rescored(THRESHOLD, canvases=2)
+    sampled = rollout_of(THRESHOLD)
+    assert (np.asarray(sampled.forwards) < LENGTH).any()
+    for seed in range(8):
+        plan = planned(policy, seed, sampled=THRESHOLD).plan
+        assert (np.asarray(plan.weights).sum(axis=2) > 0).all()
+
+
+def test_one_step_masks_do_not_depend_on_padding():
+    rollout = rollout_of(STATIC)
+    wider = rollout._replace(prompts=jnp.pad(rollout.prompts, ((0, 0), (3, 0))))
+    keys = jax.random.split(jax.random.key(1), len(rollout.tokens))
+    a, b = (estimators.one_step(r, keys, 0.5).prompt_visible for r in (rollout, wider))
+    np.testing.assert_array_equal(a, b[:, :, 3:])
+    assert 0 < np.asarray(a).mean() < 1
