@@ -110,6 +110,8 @@ def generate(
 
 def _sampling(model: Model, tokenizer: Tokenizer, options: Options) -> SamplingConfig:
     """Raises UserError where the options do not fit the model."""
+    if options.diffusion is not None and model.mask_id is None:
+        raise UserError("--diffusion is for diffusion models, and this one is autoregressive")
     try:
         diffusion = options.diffusion or DiffusionConfig(min(32, options.max_new_tokens))
         sampling = SamplingConfig(

@@ -76,6 +76,17 @@ class DiffusionConfig:
                 f"schedule={self.schedule!r} goes by confidence: remasking={self.remasking!r} must "
                 "be low_confidence, or the schedule static"
             )
+        if self.estimator == "elbo" and self.canvases is not None:
+            raise ValueError(
+                f"canvases={self.canvases} would leave a part of the bound out: with "
+                "estimator=elbo lower elbo_samples instead"
+            )
+        drawn = {"elbo": True, "one_step": self.prompt_masking > 0}
+        if self.draws > 1 and not drawn.get(self.estimator, self.canvases is not None):
+            raise ValueError(
+                f"draws={self.draws}: with estimator={self.estimator} nothing is drawn and all are "
+                "the same; take 1, or set canvases (one_step: prompt_masking)"
+            )
         if self.selection and not (
             self.recorded
             and self.schedule == "static"

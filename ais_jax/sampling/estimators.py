@@ -48,7 +48,7 @@ def draw_plan(rollout: Rollout, keys: jax.Array, config: SamplingConfig) -> Plan
     empty = ~jnp.any(plan.weights != 0, axis=-1)
     noise = jax.vmap(lambda key: jax.random.uniform(key, (count,)))(keys[:, 1])
     order = jnp.argsort(noise + empty, axis=1)[:, : settings.canvases]
-    return jax.tree.map(jax.vmap(lambda x, chosen: x[chosen]), plan, Plan(*[order] * 4))
+    return jax.tree.map(lambda x: jax.vmap(lambda row, i: row[i])(x, order), plan)
 
 
 def trajectory(rollout: Rollout, config: SamplingConfig) -> Plan:

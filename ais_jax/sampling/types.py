@@ -105,9 +105,10 @@ class SamplingConfig:
                 f"mask_token_id={self.mask_id} is no id of a vocabulary of {vocab_size}: set the "
                 "model's mask_token_id to a row that no token uses, and vocab_size above it"
             )
-        if self.mask_id in self.eos_ids:
+        if self.diffusion is not None and self.mask_id in (*self.eos_ids, self.pad_id):
             raise ValueError(
-                f"mask_token_id={self.mask_id} is an end token too: it must be an id of its own"
+                f"mask_token_id={self.mask_id} is an end token or padding too: it must be an id of "
+                "its own"
             )
 
     def resized(self, max_new_tokens: int) -> SamplingConfig:

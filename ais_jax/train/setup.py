@@ -133,6 +133,11 @@ def _sampling(config: Config, model: Model, tokenizer: Tokenizer) -> SamplingCon
         diffusion=None if model.mask_id is None else config.rollout.diffusion,
     )
     sampling.check_vocabulary(model.config.vocab_size)
+    if isinstance(tokenizer, CharTokenizer) and 0 <= sampling.mask_id < tokenizer.size:
+        raise ValueError(
+            f"mask_token_id={sampling.mask_id} is one of the tokenizer's {tokenizer.size} ids: set "
+            "it and vocab_size above them, or leave vocab_size at 0"
+        )
     if config.train.eval_max_new_tokens is not None:
         sampling.resized(config.train.eval_max_new_tokens)  # said before anything is trained
     return sampling

@@ -156,6 +156,8 @@ def test_noise_does_not_repeat():
 
 BAD_SETTINGS = [
     ({"remasking": "Random"}, "remasking='Random' must be one of low_confidence, random, ar"),
+    ({"estimator": "elbo", "canvases": 2}, "canvases=2 .* lower elbo_samples instead"),
+    ({"draws": 2}, "draws=2: with estimator=trajectory nothing is drawn .* take 1"),
     ({"cache": "both"}, "cache='both' must be one of none, prefix, dual"),
     ({"block_length": 0}, "block_length=0 must be at least 1"),
     ({"steps": 0}, "steps=0 must be at least 1"),
@@ -229,7 +231,7 @@ def test_a_mask_id_outside_the_vocabulary_is_refused():
         with pytest.raises(ValueError, match=f"mask_token_id={mask_id} is no id of a vocab.*set"):
             policy.rollout(params_of(), *batch())
     dataclasses.replace(SAMPLING, mask_id=-1, diffusion=None).check_vocabulary(VOCAB)
-    with pytest.raises(ValueError, match=f"mask_token_id={EOS} is an end token too"):
+    with pytest.raises(ValueError, match=f"mask_token_id={EOS} is an end token or padding too"):
         dataclasses.replace(SAMPLING, mask_id=EOS).check_vocabulary(VOCAB)
 
 

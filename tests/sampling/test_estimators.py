@@ -145,7 +145,6 @@ SUBSETS = {
     "trajectory": rescored(STATIC, canvases=2),
     "threshold": rescored(THRESHOLD, canvases=2, segments=3),
     "left_to_right": rescored(STATIC, canvases=3, estimator="ar_order"),
-    "elbo": rescored(STATIC, canvases=3, estimator="elbo", elbo_samples=2),
 }
 
 

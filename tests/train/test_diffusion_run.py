@@ -140,6 +140,10 @@ def test_evaluation_at_another_length_keeps_the_tokens_a_step(job):
         ({"rollout.diffusion.steps": 20}, "steps=20 is above the 18 tokens"),
         ({"rollout.diffusion.steps": 7}, "steps=7 is not a multiple of the 2 blocks"),
         ({"model.llada.vocab_size": 9}, "mask_token_id=126336 is no id of a vocabulary of 9"),
+        (
+            {"model.llada.vocab_size": 16, "model.llada.mask_token_id": 3},
+            "mask_token_id=3 is one of the tokenizer's 8 ids",
+        ),
         ({"rollout.max_prompt_tokens": 5}, "max_prompt_tokens=5, the shortest has 17 tokens"),
     ],
 )
