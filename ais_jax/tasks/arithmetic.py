@@ -25,7 +25,6 @@ _REACH = 1000
 _PROBLEM = re.compile(r"(?:0|[1-9][0-9]*)(?:[-+*](?:0|[1-9][0-9]*))+")
 _SIGNED_PRODUCT = re.compile(r"(-?)\+?([0-9*]+)")
 _WORD = re.compile(r"[\w.,]+")
-_DIGIT = re.compile(r"\d")
 _INTEGER = re.compile(r"(0|[1-9][0-9]*|[1-9][0-9]{0,2}(?:,[0-9]{3})+)(?:\.0+)?[.,]*")
 _MINUS_SIGNS = ("-", "−", "–")
 _AFTER_OPERATOR = re.compile(r"[0-9)][ \t]*(?:[-−–+*/×·÷^]|\\(?:times|cdot|div))[-−–+*/×·÷^(\s]*\Z")
@@ -174,22 +173,19 @@ def reward(completions: Sequence[str], examples: Sequence[dict]) -> np.ndarray:
     Raises:
       ValueError: the lengths differ.
     """
-    common.check_batch(completions, examples)
-    solved = [
-        _final_integer(common.answer(completion)) == example["answer"]
-        for completion, example in zip(completions, examples, strict=True)
-    ]
-    return np.array(solved, np.float32)
+    return common.judge(completions, examples, _is_right)
+
+
+def _is_right(completion: object, example: dict) -> bool:
+    return _final_integer(common.answer(completion)) == example["answer"]
 
 
 def _final_integer(text: str) -> int | None:
     """The integer that `reward` describes, or None."""
-    tail = text[-_REACH:]
-    words = [word for word in _WORD.finditer(tail) if _DIGIT.search(word[0])]
-    if not words or (words[-1].start() == 0 and len(text) > _REACH):  # it may have been cut
+    found = common.last_number_word(text[-_REACH:], _WORD, len(text) > _REACH)
+    if found is None:
         return None
-    match = _INTEGER.fullmatch(words[-1][0])
-    before = tail[: words[-1].start()].rstrip(" \t")
+    match, before = _INTEGER.fullmatch(found[1]), found[0].rstrip(" \t")
     if match is None or _AFTER_OPERATOR.search(before):
         return None
     digits = match[1].replace(",", "")

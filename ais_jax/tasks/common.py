@@ -32,6 +32,7 @@ BOXED_INSTRUCTION = "Please reason step by step, and put your final answer withi
 _UNPRINTABLE = re.compile(r"[^\n -~]")
 
 _LONGEST_NUMBER = 100
+_DIGIT = re.compile(r"\d")
 _PLAIN = r"(?:(?:[1-9][0-9]{0,2}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]*)?|\.[0-9]+)"
 _NUMBER = re.compile(
     rf"([-+]?) *(?:({_PLAIN})(?: */ *({_PLAIN}))?"
@@ -42,6 +43,15 @@ _NUMBER = re.compile(
 def option(default: Any, doc: str) -> Any:
     """A dataclass field with its line of help."""
     return dataclasses.field(default=default, metadata={"doc": doc})
+
+
+@dataclasses.dataclass(frozen=True)
+class FileOptions:
+    """Where training problems come from, of a task that does not generate them."""
+
+    path: str | None = option(
+        None, "JSON-lines file of training problems, as it stands or under $AIS_SHARED"
+    )
 
 
 def check_option(name: str, value: Any, ok: bool, what: str) -> None:
@@ -62,6 +72,40 @@ def check_batch(completions: Sequence, examples: Sequence) -> None:
         raise ValueError(
             f"{len(completions)} completions for {len(examples)} examples; they must pair up"
         )
+
+
+def judge(
+    completions: Sequence, examples: Sequence[dict], is_right: Callable[[Any, dict], bool]
+) -> np.ndarray:
+    """[B] float32, 1 where a completion is right for its example, else 0.
+
+    Raises:
+      ValueError: the lengths differ.
+    """
+    check_batch(completions, examples)
+    pairs = zip(completions, examples, strict=True)
+    return np.array([is_right(*pair) for pair in pairs], np.float32)
+
+
+def last_number_word(text: str, word: re.Pattern, cut: bool) -> tuple[str, str] | None:
+    """(what stands before it, the last `word` of `text` that has a digit); None if none has.
+
+    `cut` says that `text` was cut off on the left: a word at its start may go on before, and then
+    there is None too.
+    """
+    words = [match for match in word.finditer(text) if _DIGIT.search(match[0])]
+    if not words or (words[-1].start() == 0 and cut):
+        return None
+    return text[: words[-1].start()], words[-1][0]
+
+
+def boxed_prompt(problem: str, style: str) -> str:
+    """The problem, and a newline in compact style, or what to do in instruct style.
+
+    Compact prompts keep to `PRINTABLE`, see `printable`; instruct prompts change nothing.
+    """
+    check_style(style)
+    return printable(f"{problem}\n") if style == "compact" else f"{problem}\n{BOXED_INSTRUCTION}"
 
 
 def in_split(key: str, split: str) -> bool:

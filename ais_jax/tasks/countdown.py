@@ -254,12 +254,7 @@ def reward(completions: Sequence[str], examples: Sequence[dict]) -> np.ndarray:
     Raises:
       ValueError: the lengths differ.
     """
-    common.check_batch(completions, examples)
-    solved = [
-        _solves(common.answer(completion), example)
-        for completion, example in zip(completions, examples, strict=True)
-    ]
-    return np.array(solved, np.float32)
+    return common.judge(completions, examples, lambda c, e: _solves(common.answer(c), e))
 
 
 def _solves(text: str, example: dict) -> bool:

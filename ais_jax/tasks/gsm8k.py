@@ -7,7 +7,6 @@ The interface is described in `ais_jax.tasks`.
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import re
 from collections.abc import Collection, Sequence
@@ -18,23 +17,14 @@ import numpy as np
 from ais_jax.tasks import common
 
 ALPHABET = common.PRINTABLE
+Options = common.FileOptions
 
 _REACH = 1000
 _SPACING = re.compile(r"\\[!,;:$%]|[$%]")
 _WORD = re.compile(r"[\w.,]+(?:(?<=[0-9][eE])[-+][0-9]+)?(?:/[\w.,]+)?")
-_DIGIT = re.compile(r"\d")
 _QUANTITY = re.compile(r"([0-9.,]+(?:/[0-9.,]+)?)(?:/?[A-Za-z]+)?")  # 18, 3/4, 18kg, 18/day
 _MINUS = re.compile(r"(?:(?<![\w)}])[-−–]|[^\w)}\s][ \t]*[-−–][ \t]*)\Z")
 _FILE_LINE = '{"question": "What is half of 6?", "answer": "It is 6/2 = 3.\\n#### 3"}'
-
-
-@dataclasses.dataclass(frozen=True)
-class Options:
-    """Where training problems come from."""
-
-    path: str | None = common.option(
-        None, "JSON-lines file of training problems, as it stands or under $AIS_SHARED"
-    )
 
 
 def generate(
@@ -68,14 +58,8 @@ def key(example: dict) -> str:
 
 
 def prompt(example: dict, style: str = "compact") -> str:
-    """The question, and a newline in compact style, or what to do in instruct style.
-
-    Compact prompts keep to the alphabet, see `common.printable`; instruct prompts change nothing.
-    """
-    common.check_style(style)
-    if style == "compact":
-        return common.printable(f"{example['question']}\n")
-    return f"{example['question']}\n{common.BOXED_INSTRUCTION}"
+    """The question and what to do, see `common.boxed_prompt`."""
+    return common.boxed_prompt(example["question"], style)
 
 
 def demonstration(example: dict) -> str:
@@ -110,17 +94,12 @@ def reward(completions: Sequence[str], examples: Sequence[dict]) -> np.ndarray:
     Raises:
       ValueError: the lengths differ.
     """
-    common.check_batch(completions, examples)
-    solved = [
-        isinstance(completion, str) and _is_right(completion, example["answer"])
-        for completion, example in zip(completions, examples, strict=True)
-    ]
-    return np.array(solved, np.float32)
+    return common.judge(completions, examples, _is_right)
 
 
-def _is_right(completion: str, solution: str) -> bool:
-    value = _final_number(completion)
-    return value is not None and value == common.number(_final_text(solution))
+def _is_right(completion: object, example: dict) -> bool:
+    value = _final_number(completion) if isinstance(completion, str) else None
+    return value is not None and value == common.number(_final_text(example["answer"]))
 
 
 def _final_text(solution: str) -> str:
@@ -148,14 +127,13 @@ def _plain(text: str) -> str:
 
 
 def _last_number(text: str) -> Fraction | None:
-    tail = _plain(text[-_REACH:])
-    words = [word for word in _WORD.finditer(tail) if _DIGIT.search(word[0])]
-    if not words or (words[-1].start() == 0 and len(text) > _REACH):  # it may have been cut
+    found = common.last_number_word(_plain(text[-_REACH:]), _WORD, len(text) > _REACH)
+    if found is None:
         return None
-    quantity = _QUANTITY.fullmatch(words[-1][0].rstrip(".,"))
+    before, word = found
+    quantity = _QUANTITY.fullmatch(word.rstrip(".,"))
     value = common.number(quantity[1]) if quantity else None
-    negative = _MINUS.search(tail[: words[-1].start()])
-    return -value if value is not None and negative else value
+    return -value if value is not None and _MINUS.search(before) else value
 
 
 def score(completions: Sequence[str], examples: Sequence[dict]) -> np.ndarray:

@@ -6,7 +6,6 @@ a file too. The interface is described in `ais_jax.tasks`.
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import re
 from collections.abc import Collection, Sequence
@@ -18,6 +17,7 @@ import numpy as np
 from ais_jax.tasks import common
 
 ALPHABET = common.PRINTABLE
+Options = common.FileOptions
 
 _LONGEST = 1000
 _LETTERED = r"\\(?:text(?:bf|it|rm)?|mathrm|mathbf|mbox) *\{([^{}]*)\}"
@@ -43,15 +43,6 @@ _FILE_LINE = (
     '{"problem": "What is half of $x$?", "solution": "It is $\\\\boxed{x/2}$.", "answer": "x/2"}, '
     "with an answer, or a solution that ends with it in \\boxed{}"
 )
-
-
-@dataclasses.dataclass(frozen=True)
-class Options:
-    """Where training problems come from."""
-
-    path: str | None = common.option(
-        None, "JSON-lines file of training problems, as it stands or under $AIS_SHARED"
-    )
 
 
 def generate(
@@ -85,14 +76,8 @@ def key(example: dict) -> str:
 
 
 def prompt(example: dict, style: str = "compact") -> str:
-    """The problem, and a newline in compact style, or what to do in instruct style.
-
-    Compact prompts keep to the alphabet, see `common.printable`; instruct prompts change nothing.
-    """
-    common.check_style(style)
-    if style == "compact":
-        return common.printable(f"{example['problem']}\n")
-    return f"{example['problem']}\n{common.BOXED_INSTRUCTION}"
+    """The problem and what to do, see `common.boxed_prompt`."""
+    return common.boxed_prompt(example["problem"], style)
 
 
 def demonstration(example: dict) -> str:
@@ -128,12 +113,11 @@ def reward(completions: Sequence[str], examples: Sequence[dict]) -> np.ndarray:
     Raises:
       ValueError: the lengths differ.
     """
-    common.check_batch(completions, examples)
-    solved = [
-        isinstance(completion, str) and _agree(common.marked(completion), example["answer"])
-        for completion, example in zip(completions, examples, strict=True)
-    ]
-    return np.array(solved, np.float32)
+    return common.judge(completions, examples, _is_right)
+
+
+def _is_right(completion: object, example: dict) -> bool:
+    return isinstance(completion, str) and _agree(common.marked(completion), example["answer"])
 
 
 class _Answer(NamedTuple):
