@@ -12,7 +12,7 @@ from ais_jax import quantize
 from ais_jax.errors import UserError
 from ais_jax.models import Model, Params
 from ais_jax.models.tokenizers import TextTokenizer, Tokenizer
-from ais_jax.sampling import DiffusionConfig, Policy, SamplingConfig
+from ais_jax.sampling import DiffusionConfig, Policy, SamplingConfig, sampling_config
 from ais_jax.sampling.diffusion import check_prompt
 
 _MOST, _HOTTEST = 1_000_000, 100
@@ -114,16 +114,12 @@ def _sampling(model: Model, tokenizer: Tokenizer, options: Options) -> SamplingC
         raise UserError("--diffusion is for diffusion models, and this one is autoregressive")
     try:
         diffusion = options.diffusion or DiffusionConfig(min(32, options.max_new_tokens))
-        sampling = SamplingConfig(
-            options.max_new_tokens,
-            options.temperature,
-            tokenizer.pad_id,
-            tokenizer.eos_ids,
-            tokenizer.size,
-            mask_id=-1 if model.mask_id is None else model.mask_id,
-            diffusion=None if model.mask_id is None else diffusion,
+        return sampling_config(
+            model,
+            tokenizer,
+            diffusion,
+            max_new_tokens=options.max_new_tokens,
+            temperature=options.temperature,
         )
-        sampling.check_vocabulary(model.config.vocab_size)
-        return sampling
     except ValueError as error:
         raise UserError(str(error)) from None

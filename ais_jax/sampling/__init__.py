@@ -9,11 +9,44 @@ import jax
 from ais_jax import lora as lora_lib
 from ais_jax.lora import LoraConfig
 from ais_jax.models import Model, Params
+from ais_jax.models.tokenizers import CharTokenizer, Tokenizer
 from ais_jax.sampling import autoregressive, diffusion, estimators
 from ais_jax.sampling.diffusion_config import DiffusionConfig
 from ais_jax.sampling.types import Plan, Rollout, SamplingConfig
 
-__all__ = ["DiffusionConfig", "Plan", "Policy", "Rollout", "SamplingConfig"]
+__all__ = ["DiffusionConfig", "Plan", "Policy", "Rollout", "SamplingConfig", "sampling_config"]
+
+
+def sampling_config(
+    model: Model, tokenizer: Tokenizer, diffusion: DiffusionConfig, **settings
+) -> SamplingConfig:
+    """How a model is sampled with its tokenizer's ids.
+
+    Args:
+      model: structure.
+      tokenizer: the model's.
+      diffusion: used for diffusion models alone.
+      **settings: lengths, temperature and chunk of `SamplingConfig`.
+
+    Raises:
+      ValueError: lengths, steps or the mask id do not fit.
+    """
+    mask_id = model.mask_id
+    config = SamplingConfig(
+        pad_id=tokenizer.pad_id,
+        eos_ids=tokenizer.eos_ids,
+        token_count=tokenizer.size,
+        mask_id=-1 if mask_id is None else mask_id,
+        diffusion=None if mask_id is None else diffusion,
+        **settings,
+    )
+    config.check_vocabulary(model.config.vocab_size)
+    if isinstance(tokenizer, CharTokenizer) and 0 <= config.mask_id < tokenizer.size:
+        raise ValueError(
+            f"mask_token_id={mask_id} is one of the tokenizer's {tokenizer.size} ids: set it and "
+            "vocab_size above them, or leave vocab_size at 0"
+        )
+    return config
 
 
 @dataclasses.dataclass(frozen=True)

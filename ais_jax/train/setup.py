@@ -17,7 +17,7 @@ from ais_jax.models import LladaConfig, Model, ModelConfig, Params, PretrainedMo
 from ais_jax.models.checkpoint import Checkpoint, open_model, tokenizer_of
 from ais_jax.models.naming import Tensor
 from ais_jax.models.tokenizers import CharTokenizer, TextTokenizer, Tokenizer, check_ids
-from ais_jax.sampling import Policy, SamplingConfig
+from ais_jax.sampling import Policy, SamplingConfig, sampling_config
 from ais_jax.sampling.prompts import Prompter
 from ais_jax.tasks.common import find_shared
 from ais_jax.train.optimizer import grpo_optimizer, learning_rate_schedule
@@ -122,22 +122,14 @@ def _fit_vocabulary(sizes: ModelConfig, tokenizer: CharTokenizer) -> ModelConfig
 
 
 def _sampling(config: Config, model: Model, tokenizer: Tokenizer) -> SamplingConfig:
-    sampling = SamplingConfig(
+    sampling = sampling_config(
+        model,
+        tokenizer,
+        config.rollout.diffusion,
         max_new_tokens=config.rollout.max_new_tokens,
         temperature=config.rollout.temperature,
-        pad_id=tokenizer.pad_id,
-        eos_ids=tokenizer.eos_ids,
-        token_count=tokenizer.size,
         score_chunk=config.rollout.score_chunk,
-        mask_id=-1 if model.mask_id is None else model.mask_id,
-        diffusion=None if model.mask_id is None else config.rollout.diffusion,
     )
-    sampling.check_vocabulary(model.config.vocab_size)
-    if isinstance(tokenizer, CharTokenizer) and 0 <= sampling.mask_id < tokenizer.size:
-        raise ValueError(
-            f"mask_token_id={sampling.mask_id} is one of the tokenizer's {tokenizer.size} ids: set "
-            "it and vocab_size above them, or leave vocab_size at 0"
-        )
     if config.train.eval_max_new_tokens is not None:
         sampling.resized(config.train.eval_max_new_tokens)  # said before anything is trained
     return sampling
