@@ -120,9 +120,12 @@ def _add_generate(commands) -> None:
     add("--system", metavar="TEXT", help="system message")
     add("--thinking", choices=("on", "off"), help="enable_thinking of the chat template")
     add("--raw", action="store_true", help="continue the prompt as it is, without a template")
-    add("--recipe", default="none", help="quantization, such as fp8 or int8 (default none)")
+    add("--recipe", default="none", help="quantization: fp8, int8, ..., or auto (default none)")
     add("--max-new-tokens", type=int, default=256, metavar="N", help="default 256")
     add("--temperature", type=float, default=0.0, metavar="T", help="default 0, greedy")
+    add("--top-k", type=int, default=0, metavar="K", help="draw from the K most probable tokens")
+    add("--top-p", type=float, default=1.0, metavar="P", help="from the fewest that reach P")
+    add("--min-p", type=float, default=0.0, metavar="P", help="from those with P of the largest")
     add("--samples", type=int, default=1, metavar="N", help="completions, default 1")
     add("--seed", type=int, default=0, metavar="N", help="default 0")
     add(
@@ -144,16 +147,24 @@ def _generate(args) -> int:
     import jax
 
     from ais_jax import generate, policies
+    from ais_jax.recipes import choose_recipe
 
+    recipe, backend = args.recipe, jax.default_backend()
+    if recipe == "auto":
+        recipe, why = choose_recipe(backend, jax.devices()[0].device_kind, args.samples)
+        print(f"recipe {recipe}: {why}", file=sys.stderr)
     options = generate.Options(
         max_new_tokens=args.max_new_tokens,
         temperature=args.temperature,
-        recipe=args.recipe,
+        recipe=recipe,
         seed=args.seed,
         samples=args.samples,
+        top_k=args.top_k,
+        top_p=args.top_p,
+        min_p=args.min_p,
         diffusion=_diffusion(args.diffusion),
     )
-    dtype = args.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
+    dtype = args.dtype or ("float32" if backend == "cpu" else "bfloat16")
     policy = policies.load_policy(args.model, dtype)
     tokenizer = policies.need_tokenizer(policy, args.model)
     thinking = None if args.thinking is None else args.thinking == "on"

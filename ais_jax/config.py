@@ -15,8 +15,9 @@ from ais_jax.ais_config import AISConfig
 from ais_jax.lora import LoraConfig
 from ais_jax.mesh import MeshConfig
 from ais_jax.models import LladaConfig, ModelConfig, Qwen3_5Config, Qwen3Config
+from ais_jax.models.cache import FORMATS, NONE
 from ais_jax.models.published import PUBLISHED
-from ais_jax.quantize import RECIPES
+from ais_jax.recipes import RECIPES
 from ais_jax.sampling.diffusion_config import DiffusionConfig
 from ais_jax.settings import at_least, setting
 from ais_jax.tasks import TASKS, arithmetic, countdown, gsm8k, math, sudoku
@@ -127,20 +128,36 @@ class WarmupConfig:
 class RolloutConfig:
     """How completions are sampled for training."""
 
-    recipe: str = setting("fp8", "quantization of the sampling copy", choices=tuple(RECIPES))
+    recipe: str = setting(
+        "fp8",
+        "quantization of the sampling copy; auto takes what pays on the device",
+        choices=("auto", *RECIPES),
+    )
     temperature: float = setting(1.0, "sampling temperature, the same in sampler and trainer")
     top_p: float = setting(1.0, "must stay 1: a truncated distribution biases every ratio")
     top_k: int = setting(0, "must stay 0, for the same reason")
     max_prompt_tokens: int = setting(32, "prompts are padded to this length")
     max_new_tokens: int = setting(32, "completions are cut at this length")
     score_chunk: int = setting(128, "positions whose logits exist at the same time while scoring")
+    kv_cache: str = setting(
+        NONE, "format of cached keys and values; none is train.dtype", choices=FORMATS
+    )
+    slots: int | None = setting(
+        None, "completions sampled at a time, the others wait for a row; null takes all"
+    )
+    segment: int = setting(256, "tokens by which the cache grows")
+    prefill_chunk: int = setting(512, "tokens of each prompt that are read at a time")
+    compact_steps: int = setting(
+        64, "a batch that has half ended shrinks if at least this many steps may follow"
+    )
     diffusion: DiffusionConfig = setting(
         doc="how diffusion models are sampled and scored; others ignore it",
         default_factory=DiffusionConfig,
     )
 
     def __post_init__(self):
-        at_least(self, 1, "max_prompt_tokens", "max_new_tokens", "score_chunk")
+        at_least(self, 1, "max_prompt_tokens", "max_new_tokens", "score_chunk", "slots")
+        at_least(self, 1, "segment", "prefill_chunk", "compact_steps")
         if self.temperature <= 0:
             raise ValueError(
                 f"temperature={self.temperature} must be above 0: greedy rollouts have no ratio"

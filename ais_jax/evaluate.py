@@ -8,9 +8,10 @@ from types import ModuleType
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from ais_jax.models import Params
-from ais_jax.sampling import Policy
+from ais_jax.sampling import Policy, sampling_copy
 from ais_jax.sampling.prompts import Prompter
 
 Evaluator = Callable[[Params, list[dict]], dict[str, float]]
@@ -24,7 +25,7 @@ def measures(task: ModuleType) -> dict[str, Callable]:
 def build_evaluator(
     policy: Policy,
     prompter: Prompter,
-    put: Callable,
+    mesh: Mesh,
     batch_size: int,
     max_new_tokens: int,
     seed: int = 0,
@@ -36,25 +37,39 @@ def build_evaluator(
     than those of training.
     """
     sampling = policy.sampling.resized(max_new_tokens)
-    programs = {}
-    for prefix, temperature in (("", 0.0), ("sampled_", sampling.temperature)):
-        at = dataclasses.replace(sampling, temperature=temperature)
-        programs[prefix] = jax.jit(dataclasses.replace(policy, sampling=at).rollout)
+    if sampling.diffusion is None:
+        sampling = dataclasses.replace(sampling, slots=batch_size)
+    policies = {
+        prefix: dataclasses.replace(
+            policy, sampling=dataclasses.replace(sampling, temperature=temperature)
+        )
+        for prefix, temperature in (("", 0.0), ("sampled_", sampling.temperature))
+    }
+
+    def complete(at: Policy, params: Params, examples: list[dict], key) -> list[str]:
+        fitting = prompter.fitting(examples)
+        # An autoregressive sampler shares out its slots itself.
+        size = batch_size if at.sampling.diffusion else len(examples)
+        texts: list[str] = []
+        for start in range(0, len(examples), size):
+            part = examples[start : start + size]
+            padded = part + [part[-1]] * (size - len(part))
+            keys = jax.random.split(jax.random.fold_in(key, start), size)
+            rollout = at.rollout(params, *fitting.prompts(padded), keys, mesh)
+            texts += prompter.completions(rollout)[: len(part)]
+        return texts
+
+    platform = mesh.devices.flat[0].platform
+    lay_out = jax.jit(lambda params: sampling_copy(policy.model, params, "none", platform))
 
     def evaluate(params: Params, examples: list[dict]) -> dict[str, float]:
-        fitting = prompter.fitting(examples)
-        texts: dict[str, list[str]] = {prefix: [] for prefix in programs}
-        for start in range(0, len(examples), batch_size):
-            part = examples[start : start + batch_size]
-            padded = part + [part[-1]] * (batch_size - len(part))
-            prompts = [put(x) for x in fitting.prompts(padded)]
-            keys = put(jax.random.split(jax.random.key(seed + start), batch_size))
-            for prefix, program in programs.items():
-                rollout = program(params, *prompts, keys)
-                texts[prefix] += prompter.completions(rollout)[: len(part)]
+        if platform == "cpu":  # elsewhere memory is dearer than the time it would save
+            params = lay_out(params)
+        key = jax.random.key(seed)
+        found = {prefix: complete(at, params, examples, key) for prefix, at in policies.items()}
         return {
-            prefix + name: float(np.mean(measure(found, examples)))
-            for prefix, found in texts.items()
+            prefix + name: float(np.mean(measure(texts, examples)))
+            for prefix, texts in found.items()
             for name, measure in measures(prompter.task).items()
         }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -67,51 +68,104 @@ def linear(x: jax.Array, w: Kernel) -> jax.Array:
     Raises:
       ValueError: the shapes do not fit.
     """
+    return wide_linear(x, w).astype(x.dtype)
+
+
+def wide_linear(x: jax.Array, w: Kernel) -> jax.Array:
+    """`linear`, its result [..., out] in float32, as it is before it is rounded to x's dtype."""
     if w.ndim != 2 or x.ndim < 1 or x.shape[-1] != w.shape[0]:
         raise ValueError(f"linear: x {x.shape} and w {w.shape} must be [..., in] and [in, out]")
-    return _wide(x, w).astype(x.dtype)
-
-
-def _wide(x: jax.Array, w: Kernel) -> jax.Array:
-    """The product in float32, before it is rounded."""
     if isinstance(w, LoraArray):
         low = _product(x, w.a).astype(x.dtype)
-        return _wide(x, w.base) + w.scale * _product(low, w.b)
+        return wide_linear(x, w.base) + w.scale * _product(low, w.b)
     if not isinstance(w, QuantArray):
         return _product(x, w)
     if w.activation is None:
-        return _product(x, w.values.astype(x.dtype)) * w.scale[0]
+        return _product(x, w.values.astype(x.dtype), w.transposed) * w.scale[0]
     numbers, scale = codes(x.astype(jnp.float32), w.activation, axis=-1)
     values = w.values.astype(multipliable(w.values.dtype))
-    return _dot(numbers.astype(values.dtype), values).astype(jnp.float32) * scale * w.scale[0]
+    product = _dot(numbers.astype(values.dtype), values, w.transposed)
+    return product.astype(jnp.float32) * scale * w.scale[0]
 
 
-def _dot(x: jax.Array, w: jax.Array) -> jax.Array:
+def columns(w: Kernel, start: jax.Array | int, size: int) -> Kernel:
+    """The kernel [..., in, size] of `size` output channels of `w`, from `start` on.
+
+    Args:
+      w: [..., in, out].
+      start: may be traced; at most out - size, larger ones are clamped to it.
+      size: static, at most out.
+
+    Raises:
+      ValueError: size is larger than out.
+    """
+    if size > w.shape[-1]:
+        raise ValueError(f"columns: size={size} is more than the {w.shape[-1]} columns of w")
+
+    def cut(x: jax.Array, axis: int = -1) -> jax.Array:
+        return jax.lax.dynamic_slice_in_dim(x, start, size, axis)
+
+    if isinstance(w, LoraArray):
+        base = columns(w.base, start, size)
+        assert not isinstance(base, LoraArray)
+        return dataclasses.replace(w, base=base, b=cut(w.b))
+    if isinstance(w, QuantArray):
+        values = cut(w.values, -2 if w.transposed else -1)
+        return dataclasses.replace(w, values=values, scale=cut(w.scale))
+    return cut(w)
+
+
+def join(kernels: Sequence[Kernel]) -> Kernel:
+    """The kernel [..., in, sum of outs] of several that share their input; columns in order.
+
+    Raises:
+      TypeError: one of them is a `LoraArray`, or they are not held alike.
+    """
+    first = kernels[0]
+    if isinstance(first, LoraArray) or any(_held(k) != _held(first) for k in kernels):
+        raise TypeError("join: kernels must be held alike, and adapters merged")
+    if not isinstance(first, QuantArray):
+        return jnp.concatenate([jnp.asarray(k) for k in kernels], axis=-1)
+    parts = [k for k in kernels if isinstance(k, QuantArray)]
+    axis = -2 if first.transposed else -1
+    return dataclasses.replace(
+        first,
+        values=jnp.concatenate([k.values for k in parts], axis=axis),
+        scale=jnp.concatenate([k.scale for k in parts], axis=-1),
+    )
+
+
+def _held(w: Kernel):
+    return isinstance(w, QuantArray), getattr(w, "activation", None), getattr(w, "transposed", None)
+
+
+def _dot(x: jax.Array, w: jax.Array, transposed: bool) -> jax.Array:
+    """x @ w, or x @ w.T if `transposed`."""
     integer = jnp.issubdtype(x.dtype, jnp.integer)
-    contract = (((x.ndim - 1,), (0,)), ((), ()))
+    contract = (((x.ndim - 1,), (int(transposed),)), ((), ()))
     return jax.lax.dot_general(
         x, w, contract, preferred_element_type=jnp.int32 if integer else jnp.float32
     )
 
 
-@jax.custom_vjp
-def _product(x: jax.Array, w: jax.Array) -> jax.Array:
-    return _dot(x, w.astype(x.dtype))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _product(x: jax.Array, w: jax.Array, transposed: bool = False) -> jax.Array:
+    return _dot(x, w.astype(x.dtype), transposed)
 
 
-def _product_forward(x, w):
-    return _product(x, w), (x, w)
+def _product_forward(x, w, transposed):
+    return _product(x, w, transposed), (x, w)
 
 
-def _product_backward(residuals, g):
+def _product_backward(transposed, residuals, g):
     # The derivative that jax would take multiplies float32 cotangents with bfloat16 operands,
     # which every chip widens: the backward pass would lose the speed of bfloat16.
     x, w = residuals
     g = g.astype(x.dtype)
     dot = functools.partial(jax.lax.dot_general, preferred_element_type=jnp.float32)
     rows = tuple(range(x.ndim - 1))
-    dx = dot(g, w.astype(x.dtype), (((g.ndim - 1,), (1,)), ((), ())))
-    dw = dot(x, g, ((rows, rows), ((), ())))
+    dx = dot(g, w.astype(x.dtype), (((g.ndim - 1,), (int(not transposed),)), ((), ())))
+    dw = dot(*((g, x) if transposed else (x, g)), ((rows, rows), ((), ())))
     return dx.astype(x.dtype), dw.astype(w.dtype)
 
 

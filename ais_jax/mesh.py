@@ -14,7 +14,7 @@ from ais_jax.settings import setting
 AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")
 
-Rules = dict[str, str | None]
+Rules = dict[str, str | tuple[str, ...] | None]
 
 # Logical axis of a parameter -> mesh axis. Axes that are not listed are replicated.
 TRAIN_RULES: Rules = {
@@ -26,6 +26,8 @@ TRAIN_RULES: Rules = {
 }
 # The rollout copy is small and read once a token: whole on every `fsdp` rank, no gathers.
 ROLLOUT_RULES: Rules = {**TRAIN_RULES, "embed": None}
+# What decoding keeps of the tokens before.
+CACHE_RULES: Rules = {"rows": BATCH_AXES, "kv_heads": "tensor", "heads": "tensor"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,14 +85,24 @@ def param_shardings(axes, shapes, mesh: Mesh, rules: Rules):
         replicated. What counts is the size of the axis, heads times head size for a projection.
     """
 
-    def place(names, leaf):
-        spec = [rules.get(name) for name in names]
-        for i, axis in enumerate(spec):
-            if axis is not None and leaf.shape[i] % mesh.shape[axis]:
-                spec[i] = None
-        return NamedSharding(mesh, PartitionSpec(*spec))
+    def one(names, leaf):  # all arrays of a leaf have its axes: values and scale of a QuantArray
+        return jax.tree.map(lambda x: sharding_of(names, x.shape, mesh, rules), leaf)
 
-    def one(names, leaf):  # values and scale of a QuantArray have the same axes
-        return jax.tree.map(lambda x: place(names, x), leaf)
+    return jax.tree.map(one, axes, shapes, is_leaf=is_axes)
 
-    return jax.tree.map(one, axes, shapes, is_leaf=lambda x: isinstance(x, tuple))
+
+def is_axes(x) -> bool:
+    """Whether `x` is a tuple of axis names, and not a container of such."""
+    return isinstance(x, tuple) and all(isinstance(name, str) for name in x)
+
+
+def sharding_of(
+    names: tuple[str, ...], shape: tuple[int, ...], mesh: Mesh, rules: Rules
+) -> NamedSharding:
+    """Where an array lives whose last axes have the last of these names."""
+    spec = [rules.get(name) for name in names[len(names) - len(shape) :]]
+    for i, axes in enumerate(spec):
+        group = (axes,) if isinstance(axes, str) else axes or ()
+        if shape[i] % math.prod(mesh.shape[axis] for axis in group):
+            spec[i] = None
+    return NamedSharding(mesh, PartitionSpec(*spec))

@@ -12,7 +12,6 @@ would not do: compilers may drop a narrowing cast that is widened again, or roun
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import functools
 import math
 from collections.abc import Iterable
@@ -23,12 +22,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from ais_jax.errors import UserError
+from ais_jax.recipes import KV_FORMATS, Recipe, find_recipe
+from ais_jax.recipes import RECIPES as RECIPES
 
-FORMATS = ("float8_e4m3fn", "float8_e5m2", "float4_e2m1fn", "int8", "int4")
 LINEAR_NAMES = (
     *("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
     *("in_proj_qkv", "in_proj_z", "out_proj"),  # of linear attention; its decays and gates are not
 )
+
+EMBEDDING_NAME, HEAD_NAME = "embed_tokens", "lm_head"
 
 # Parts of the names of what is small and used in float32 somewhere. Trainer and sampler must not
 # round these differently.
@@ -38,42 +40,9 @@ _SCALE_FLOOR = np.float32(2.0**-100)
 # No compiler multiplies four-bit numbers everywhere; these hold the same numbers.
 _MULTIPLIABLE = {"int4": "int8", "float4_e2m1fn": "float8_e4m3fn"}
 
-
-@dataclasses.dataclass(frozen=True)
-class Recipe:
-    """What is quantized, and to which of `FORMATS`. None leaves it in the compute dtype.
-
-    Attributes:
-      weights: format of the kernels.
-      activations: format of the inputs of the linears; None, or the same as `weights`.
-
-    Raises:
-      ValueError: an unknown format, or activations in another format than the weights.
-    """
-
-    weights: str | None = None
-    activations: str | None = None
-
-    def __post_init__(self):
-        if self.weights is not None and self.weights not in FORMATS:
-            raise ValueError(f"weights={self.weights!r} is unknown; choose one of {FORMATS}")
-        if self.activations not in (None, self.weights):
-            raise ValueError(
-                f"activations={self.activations!r} must be None or that of "
-                f"weights={self.weights!r}: a product takes two numbers of one format"
-            )
-
-
-RECIPES: dict[str, Recipe] = {
-    "none": Recipe(),
-    "fp8": Recipe("float8_e4m3fn", "float8_e4m3fn"),
-    "fp8_weight_only": Recipe("float8_e4m3fn"),
-    "fp8_e5m2": Recipe("float8_e5m2", "float8_e5m2"),
-    "int8": Recipe("int8", "int8"),
-    "int8_weight_only": Recipe("int8"),
-    "int4": Recipe("int4", "int4"),
-    "fp4": Recipe("float4_e2m1fn", "float4_e2m1fn"),
-}
+# Where kernels are held [out, in]. CPUs multiply int8 faster so, and a GPU's library takes 8-bit
+# numbers in no other order: XLA would make a transposed copy of all kernels.
+_TRANSPOSED = ("cpu", "gpu")
 
 
 @jax.tree_util.register_dataclass
@@ -82,19 +51,23 @@ class QuantArray:
     """A kernel as values * scale. A pytree of two arrays; leading axes can be scanned over.
 
     Attributes:
-      values: [..., in, out] numbers of a format; after `prepare`, perhaps in a wider dtype.
+      values: numbers of a format, [..., in, out], or [..., out, in] if `transposed`; after
+        `prepare`, perhaps in a wider dtype.
       scale: [..., 1, out] float32, per output channel.
       activation: format in which `linear` quantizes its input, or None.
+      transposed: whether the last two axes of `values` are swapped in memory.
     """
 
     values: jax.Array
     scale: jax.Array
     activation: str | None = dataclasses.field(default=None, metadata={"static": True})
+    transposed: bool = dataclasses.field(default=False, metadata={"static": True})
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Shape of the kernel."""
-        return self.values.shape
+        """Shape of the kernel, [..., in, out]."""
+        shape = self.values.shape
+        return (*shape[:-2], shape[-1], shape[-2]) if self.transposed else shape
 
     @property
     def ndim(self) -> int:
@@ -103,7 +76,8 @@ class QuantArray:
 
     def dequantize(self, dtype=jnp.float32) -> jax.Array:
         """The kernel [..., in, out]: values * scale in float32, cast to `dtype`."""
-        return (self.values.astype(jnp.float32) * self.scale).astype(dtype)
+        values = jnp.swapaxes(self.values, -1, -2) if self.transposed else self.values
+        return (values.astype(jnp.float32) * self.scale).astype(dtype)
 
 
 def quantize(
@@ -123,6 +97,10 @@ def quantize(
     in which the trainer multiplies, so the copy is a quantization of what the trainer computes
     with, and with recipe "none" it is exactly that.
 
+    A recipe with `head` quantizes the output layer too, `lm_head`. Where that is the embedding
+    transposed, the copy has a quantized `lm_head` beside the embedding, which tokens are looked up
+    in.
+
     Pure and jittable; called outside jit it runs as one program, compiled once per recipe and
     shapes. Leaves keep their shardings; a scale is whole along the input axis.
 
@@ -134,25 +112,17 @@ def quantize(
         not, and it has two axes or more.
 
     Raises:
-      UserError: the recipe's name is unknown, or it finds no kernel.
+      UserError: the recipe's name is unknown, or it finds no kernel or no output layer.
       TypeError: `params` holds a `QuantArray` already.
     """
-    return _quantize(params, _recipe(recipe), np.dtype(dtype), tuple(targets))
-
-
-def _recipe(recipe: str | Recipe) -> Recipe:
-    if isinstance(recipe, Recipe):
-        return recipe
-    if recipe not in RECIPES:
-        near = difflib.get_close_matches(str(recipe), RECIPES, n=1, cutoff=0.0)[0]
-        raise UserError(
-            f"recipe {recipe!r} is unknown; did you mean {near!r}? (one of {', '.join(RECIPES)})"
-        )
-    return RECIPES[recipe]
+    return _quantize(params, find_recipe(recipe), np.dtype(dtype), tuple(targets))
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3))
 def _quantize(params, recipe: Recipe, dtype: np.dtype, targets: tuple[str, ...]):
+    if recipe.head:
+        targets = (*targets, HEAD_NAME)
+
     def one(path, leaf):
         names = [str(getattr(key, "key", getattr(key, "name", ""))) for key in path]
         if _is_quantized(leaf):
@@ -164,11 +134,7 @@ def _quantize(params, recipe: Recipe, dtype: np.dtype, targets: tuple[str, ...])
         kernel = leaf.ndim >= 2 and not set(targets).isdisjoint(names) and "bias" not in names
         if not kernel or recipe.weights is None:
             return leaf.astype(dtype)
-        # An operation, not a cast and back, which a compiler may drop as excess precision.
-        info = jnp.finfo(dtype)
-        weight = jax.lax.reduce_precision(leaf.astype(jnp.float32), info.nexp, info.nmant)
-        values, scale = codes(weight, recipe.weights, axis=-2)
-        return QuantArray(values.astype(recipe.weights), scale, recipe.activations)
+        return _quantized(leaf, recipe, dtype)
 
     copy = jax.tree_util.tree_map_with_path(one, params, is_leaf=_is_quantized)
     if recipe.weights is not None and not any(
@@ -177,18 +143,65 @@ def _quantize(params, recipe: Recipe, dtype: np.dtype, targets: tuple[str, ...])
         raise UserError(
             f"nothing to quantize to {recipe.weights}: no kernel is named {', '.join(targets)}"
         )
+    if recipe.head and HEAD_NAME not in params:
+        if EMBEDDING_NAME not in params:
+            raise UserError(
+                f"no output layer to quantize: neither {HEAD_NAME} nor {EMBEDDING_NAME} is there; "
+                "choose a recipe without _head"
+            )
+        table = params[EMBEDDING_NAME]
+        copy = {**copy, HEAD_NAME: _quantized(table, recipe, dtype, transposed=True)}
     return copy
 
 
-def codes(x: jax.Array, dtype: str, axis: int) -> tuple[jax.Array, jax.Array]:
-    """(codes, scale), float32, one scale along `axis`; the codes are numbers of format `dtype`."""
+def _quantized(w: jax.Array, recipe: Recipe, dtype: np.dtype, transposed=False) -> QuantArray:
+    """Of a kernel, or of one that is given `transposed` and is left so."""
+    assert recipe.weights is not None
+    axis = -1 if transposed else -2
+    values, scale = codes(w.astype(jnp.float32), recipe.weights, axis, precision=dtype)
+    scale = jnp.swapaxes(scale, -1, -2) if transposed else scale
+    return QuantArray(values.astype(recipe.weights), scale, recipe.activations, transposed)
+
+
+def codes(
+    x: jax.Array, dtype: str, axis: int, precision=jnp.float32
+) -> tuple[jax.Array, jax.Array]:
+    """(codes, scale), float32, one scale along `axis`; the codes are numbers of format `dtype`.
+
+    Args:
+      x: float32; what is quantized is x rounded to `precision`.
+      dtype: a name in `FORMATS`.
+      axis: of x.
+      precision: a floating dtype.
+    """
+    info = jnp.finfo(precision)
+
+    def rounded(x):  # An operation: a cast and back may be dropped as excess precision.
+        return jax.lax.reduce_precision(x, info.nexp, info.nmant)
+
     largest = _largest(dtype)
-    amax = jnp.max(jnp.abs(x), axis=axis, keepdims=True)
+    # The maximum of rounded numbers is the rounded maximum, which a CPU finds 10 times faster.
+    amax = rounded(jnp.max(jnp.abs(x), axis=axis, keepdims=True))
     scale = jnp.maximum(amax * np.float32(1 / largest), _SCALE_FLOOR)
     # Compilers turn a division by a broadcast into this product, where they please.
-    scaled = x * (1 / scale)
+    scaled = rounded(x) * (1 / scale)
     # They may also hold x more precisely here than in amax.
     return _round(jnp.clip(scaled, -largest, largest), dtype), scale
+
+
+def kv_codes(x: jax.Array, kv_format: str) -> tuple[jax.Array, jax.Array]:
+    """(numbers, scale) of keys or values, one scale per token and head.
+
+    Args:
+      x: [..., h] floating.
+      kv_format: a name in `KV_FORMATS`.
+
+    Returns:
+      ([..., h] in the format's dtype, [..., 1] float32).
+    """
+    dtype = KV_FORMATS[kv_format]
+    numbers, scale = codes(x.astype(jnp.float32), dtype, axis=-1)
+    return numbers.astype(dtype), scale
 
 
 def _largest(dtype: str) -> float:
@@ -212,11 +225,12 @@ def _is_quantized(x) -> bool:
 
 
 def prepare(params: Any, platform: str | None = None) -> Any:
-    """The quantized copy with its values held in dtypes that `platform` multiplies fast.
+    """The quantized copy, its values held in the dtypes and order that `platform` multiplies fast.
 
     The numbers stay the same. On "cpu" floating formats are held in bfloat16, everywhere int4 in
-    int8 and (off the CPU) float4_e2m1fn in float8_e4m3fn; the rest stays. Meant for once after
-    `quantize`, not for the decoding step.
+    int8 and (off the CPU) float4_e2m1fn in float8_e4m3fn; the rest stays. On "cpu" and "gpu"
+    kernels are held [..., out, in]; `copy_axes` follows. Meant for once after `quantize`, not for
+    the decoding step.
 
     Args:
       params: tree with `QuantArray`s; other leaves stay as they are.
@@ -227,11 +241,43 @@ def prepare(params: Any, platform: str | None = None) -> Any:
     def one(x):
         if not _is_quantized(x):
             return x
-        on_cpu = platform == "cpu" and jnp.issubdtype(x.values.dtype, jnp.floating)
-        dtype = jnp.bfloat16 if on_cpu else multipliable(x.values.dtype)
-        return dataclasses.replace(x, values=x.values.astype(dtype))
+        on_cpu, transposed = platform == "cpu", platform in _TRANSPOSED
+        floating = jnp.issubdtype(x.values.dtype, jnp.floating)
+        values = x.values.astype(
+            jnp.bfloat16 if on_cpu and floating else multipliable(x.values.dtype)
+        )
+        if transposed != x.transposed:
+            values = jnp.swapaxes(values, -1, -2)
+        return dataclasses.replace(x, values=values, transposed=transposed)
 
     return jax.tree.map(one, params, is_leaf=_is_quantized)
+
+
+def copy_axes(axes: Any, copy: Any) -> Any:
+    """Logical axis names of every array of a quantized copy.
+
+    Args:
+      axes: those of the parameters, a tuple of names in the place of each.
+      copy: from `quantize`, prepared or not. In the place of one parameter it may hold a container
+        of slices of it, which lack its first axes.
+
+    Returns:
+      A tree like `copy` with a tuple in the place of each array.
+    """
+
+    def one(names, leaf):
+        def of(x):
+            own = names[len(names) - x.ndim :]
+            if not _is_quantized(x):
+                return own
+            swapped = (*own[:-2], own[-1], own[-2])
+            return dataclasses.replace(x, values=swapped if x.transposed else own, scale=own)
+
+        return jax.tree.map(of, leaf, is_leaf=_is_quantized)
+
+    if HEAD_NAME in copy and HEAD_NAME not in axes:
+        axes = {**axes, HEAD_NAME: axes[EMBEDDING_NAME][::-1]}
+    return jax.tree.map(one, axes, copy, is_leaf=lambda x: isinstance(x, tuple))
 
 
 def multipliable(dtype) -> np.dtype:

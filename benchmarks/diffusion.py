@@ -16,19 +16,16 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
-import os
 import pathlib
-import platform
-import re
 import shlex
 import sys
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from common import interleave, load, machine, spread, table
 
 from ais_jax import quantize as quant
 from ais_jax.models import LladaConfig, Model, Params, cast_params, positions_of
@@ -105,30 +102,6 @@ def init(job: Job) -> Params:
     return jax.jit(create)(jax.random.key(0))
 
 
-def interleave(variants: Mapping[Any, Callable], repeats: int) -> tuple[dict, dict]:
-    """(seconds [repeats], the last result) of each; the variants take turns, after one go each."""
-    results = {name: jax.block_until_ready(run()) for name, run in variants.items()}
-    seconds: dict[Any, list[float]] = {name: [] for name in variants}
-    for _ in range(repeats):
-        for name, run in variants.items():
-            began = time.perf_counter()
-            results[name] = jax.block_until_ready(run())
-            seconds[name].append(time.perf_counter() - began)
-    return {name: np.array(s) for name, s in seconds.items()}, results
-
-
-def spread(values: np.ndarray, digits: int) -> str:
-    """Median (least to largest)."""
-    middle, least, most = (f"{f(values):,.{digits}f}" for f in (np.median, np.min, np.max))
-    return f"{middle} ({least} to {most})"
-
-
-def table(*rows: tuple) -> list[str]:
-    """A Markdown table; the first row is its head."""
-    lines = ["| " + " | ".join(map(str, row)) + " |" for row in rows]
-    return [lines[0], "|" + " --- |" * len(rows[0]), *lines[1:]]
-
-
 def output_layer(job: Job, repeats: int) -> list[str]:
     """One step with the output layer, and the draw, over all of the canvas or the active block."""
     job = dataclasses.replace(job, config=job.wide)
@@ -177,8 +150,7 @@ def _step(policy, wide_head, wide_draw, params, ids, mask, keys, start):
 def rates(job: Job, params: Params, policies: dict[str, Policy], repeats: int):
     """(the columns `RATES`, the rollout) of each policy."""
     arguments = (params, *job.inputs(job.batches[0]))
-    programs = {name: jax.jit(policy.rollout) for name, policy in policies.items()}
-    variants = {k: functools.partial(p, *arguments) for k, p in programs.items()}
+    variants = {k: functools.partial(p.rollout, *arguments) for k, p in policies.items()}
     seconds, rollouts = interleave(variants, repeats)
     first, columns = next(iter(seconds.values())), {}
     for name, s in seconds.items():
@@ -233,7 +205,7 @@ def quantized(job: Job, repeats: int) -> list[str]:
     """Whole rollouts of the bfloat16 and the quantized policy, for each number of rows."""
     params = init(job)
     copies = {"bfloat16": params, job.recipe: quant.prepare(quant.quantize(params, job.recipe))}
-    rollout, lines = jax.jit(job.policy().rollout), []
+    rollout, lines = job.policy().rollout, []
     for rows in job.batches:
         inputs = job.inputs(rows)
         variants = {k: functools.partial(rollout, p, *inputs) for k, p in copies.items()}
@@ -299,29 +271,17 @@ PARTS = {
 
 
 def header(args: argparse.Namespace, job: Job) -> list[str]:
-    device, c = jax.devices()[0], job.config
+    c = job.config
     count = sum(x.size for x in jax.tree.leaves(Model(job.config).abstract_params())) / 1e6
-    machine = f"{jax.device_count()} x {device.device_kind}; {os.cpu_count()} cores of {_cpu()}"
-    versions = f"Python {platform.python_version()}, jax {jax.__version__}"
     return [
         f"# Masked diffusion sampler: {args.model}\n",
         f"    python {shlex.join(sys.argv)}\n",
-        f"{time.strftime('%Y-%m-%d')}; {machine}; {versions}. {_load()} as it began.\n",
+        f"{machine()}. {load()} as it began.\n",
         f"LLaDA of {count:,.1f} M random bfloat16 parameters at a vocabulary of "
         f"{c.vocab_size:,}: {c.n_layers} blocks of width {c.d_model}, {c.n_heads} heads. "
         f"{job.batches[0]} rows unless a table says otherwise. Medians (least to largest) of "
         f"{args.repeats} repeats, taken in turns.",
     ]
-
-
-def _cpu() -> str:
-    info = pathlib.Path("/proc/cpuinfo")
-    names = re.findall("model name\\s*: (.*)", info.read_text() if info.exists() else "")
-    return names[0] if names else platform.machine()
-
-
-def _load() -> str:
-    return f"Load average {os.getloadavg()[0]:.1f}"
 
 
 def main() -> None:
@@ -339,7 +299,7 @@ def main() -> None:
     print("\n".join(lines), flush=True)
     for part in parts:
         title, measure = PARTS[part]
-        new = [f"\n## {title}\n", *measure(job, args.repeats), f"\n{_load()} as it ended."]
+        new = [f"\n## {title}\n", *measure(job, args.repeats), f"\n{load()} as it ended."]
         print("\n".join(new), flush=True)
         lines += new
         if args.output:

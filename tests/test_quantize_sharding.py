@@ -7,7 +7,8 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from ais_jax.linear import linear
-from ais_jax.quantize import RECIPES, changed_fraction, prepare, quantize
+from ais_jax.quantize import changed_fraction, prepare, quantize
+from ais_jax.recipes import RECIPES
 
 # Axes of the kernel [layers, in, out] over the mesh, and what the scale [layers, 1, out] keeps.
 SPECS = {
@@ -30,6 +31,11 @@ def weights():
         "down_proj": rng.normal(size=(2, 16, 32)).astype(np.float32),
         "embed_tokens": rng.normal(size=(8, 12)).astype(np.float32),
     }
+
+
+def swapped(spec):
+    layers, rows, columns = (*spec, None, None, None)[:3]
+    return P(layers, columns, rows)
 
 
 def equal_bits(got, want):
@@ -65,7 +71,12 @@ def test_same_bits_and_same_places_as_on_one_device(mesh, spec, recipe):
     else:
         lies(kernel.values, spec)
         lies(kernel.scale, SPECS[spec])
-        lies(prepare(copy)["down_proj"].values, spec)
+        lies(prepare(copy, "tpu")["down_proj"].values, spec)
+        lies(prepare(copy, "cpu")["down_proj"].values, swapped(spec))
+    if RECIPES[recipe].head:  # the embedding transposed; nothing moves
+        head = prepare(copy, "cpu")["lm_head"]
+        lies(head.values, P("b", "a"))
+        lies(head.scale, P(None, "b"))
 
 
 @pytest.mark.smoke

@@ -7,7 +7,7 @@ of `Model`. `from_pretrained` and `save_pretrained` read and write published che
 
 from __future__ import annotations
 
-from ais_jax.models.layers import KVCache
+from ais_jax.models.cache import KVCache
 from ais_jax.models.llada import LladaConfig
 from ais_jax.models.model import Model, ModelConfig, Params, build, positions_of
 from ais_jax.models.pretrained import (

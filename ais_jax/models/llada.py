@@ -14,7 +14,7 @@ from flax import nnx
 
 from ais_jax.errors import UserError
 from ais_jax.models import hf_config, layers, qwen3
-from ais_jax.models.layers import KVCache
+from ais_jax.models.cache import KVCache
 from ais_jax.models.naming import Tensor, block_tensors
 from ais_jax.models.qwen3 import Qwen3Config
 from ais_jax.settings import at_least, positive, setting
@@ -89,14 +89,17 @@ class Network(qwen3.Network):
     def __init__(self, config: LladaConfig, *, rngs: nnx.Rngs):
         super().__init__(config.block_config(), rngs=rngs)
 
-    def attention_mask(self, key_mask, queries: int, index):
-        """Every query sees every real key [B, S]."""
-        return layers.padding_mask(key_mask)
+    def masks(self, key_mask, queries: int, cache, index) -> layers.Masks:
+        """Every query sees every real key."""
+        return layers.padding_masks(key_mask, queries, cache, index)
 
 
-def empty_cache(config: LladaConfig, batch: int, length: int, dtype) -> KVCache:
-    """A cache of zeros for `batch` rows of up to `length` tokens."""
-    return qwen3.empty_cache(config.block_config(), batch, length, dtype)
+CACHE_AXES = qwen3.CACHE_AXES
+
+
+def empty_cache(config: LladaConfig, rows: int, length: int, dtype, kv_format: str) -> KVCache:
+    """A cache of zeros for `rows` rows of up to `length` tokens."""
+    return qwen3.empty_cache(config.block_config(), rows, length, dtype, kv_format)
 
 
 def from_hf(raw: Mapping[str, Any]) -> LladaConfig:

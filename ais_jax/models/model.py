@@ -12,7 +12,11 @@ import jax.numpy as jnp
 from flax import nnx
 from flax.traverse_util import unflatten_dict
 
-from ais_jax.models import llada, qwen3, qwen3_5
+from ais_jax.linear import columns, wide_linear
+from ais_jax.models import cache as cache_lib
+from ais_jax.models import layers, llada, qwen3, qwen3_5
+from ais_jax.models.blocks import is_unstacked, unstack
+from ais_jax.quantize import QuantArray
 
 Params = dict[str, Any]
 ModelConfig = qwen3.Qwen3Config | qwen3_5.Qwen3_5Config | llada.LladaConfig
@@ -20,6 +24,7 @@ ModelConfig = qwen3.Qwen3Config | qwen3_5.Qwen3_5Config | llada.LladaConfig
 # One module an architecture, each with
 #   Network        the nnx module: hidden and unembed
 #   empty_cache    what is kept of the tokens before
+#   CACHE_AXES     names of its axes
 #   MODEL_TYPES    the model_type of the published configs it reads
 #   from_hf, to_hf between such a config.json and its dataclass
 #   PREFIXES       of its tensors' names; text models and multimodal ones may differ
@@ -63,7 +68,15 @@ class Model:
         return nnx.split(nnx.eval_shape(lambda: network(self.config, rngs=nnx.Rngs(0))))
 
     def _module(self, params: Params) -> Any:
+        """The module; of tied embeddings a quantized output layer stands beside, see `unembed`."""
+        if self.tied:
+            params = {name: x for name, x in params.items() if name != "lm_head"}
         return nnx.merge(self._abstract[0], params)
+
+    @property
+    def tied(self) -> bool:
+        """Whether the embedding is the output layer too."""
+        return "lm_head" not in self._abstract[1]
 
     def abstract_params(self) -> Params:
         """Shapes and dtypes of the parameters; nothing is allocated."""
@@ -96,16 +109,44 @@ class Model:
           positions: [B, T] int32, position of each token in its own row.
           key_mask: [B, S] bool, real tokens among the keys; S is the cache's length, T without one.
           cache: what the architecture keeps of the tokens before (see `empty_cache`), or None.
-          index: key position of the first of the T tokens.
+          index: key position of the first of the T tokens. The integer 0 says that the cache is
+            empty.
         """
         module = self._module(params)
-        return module.hidden(
+        hidden, new = module.hidden(
             tokens, positions, key_mask, cache, index, jnp.dtype(self.dtype), self.remat
         )
+        if cache is None:
+            return hidden, None
+        return hidden, cache_lib.write(self.cache_axes, cache, new, index)
 
-    def unembed(self, params: Params, hidden: jax.Array) -> jax.Array:
-        """Logits [..., V] float32 of hidden states [..., D]."""
-        return self._module(params).unembed(hidden)
+    def unembed(
+        self,
+        params: Params,
+        hidden: jax.Array,
+        start: jax.Array | int | None = None,
+        size: int | None = None,
+    ) -> jax.Array:
+        """Logits [..., V] float32 of hidden states [..., D].
+
+        With `start` and `size` those of `size` ids from `start` on. A tied model whose copy has a
+        quantized output layer of its own computes with that.
+        """
+        if "lm_head" not in params:
+            table = params["embed_tokens"]
+            if start is not None and size is not None:
+                table = jax.lax.dynamic_slice_in_dim(table, start, size)
+            # Not table.T, of which XLA:CPU makes a float32 copy.
+            contract = (((hidden.ndim - 1,), (1,)), ((), ()))
+            return jax.lax.dot_general(
+                *(hidden, table.astype(hidden.dtype), contract), preferred_element_type=jnp.float32
+            )
+        weights = params["lm_head"]
+        if start is not None and size is not None:
+            weights = columns(weights, start, size)
+        if isinstance(weights, QuantArray):
+            return wide_linear(hidden, weights)
+        return jnp.matmul(hidden, weights.astype(hidden.dtype), preferred_element_type=jnp.float32)
 
     def logits(
         self, params: Params, token_ids: jax.Array, mask: jax.Array | None = None
@@ -116,9 +157,34 @@ class Model:
         hidden, _ = self.hidden(params, token_ids, positions_of(mask), mask)
         return self.unembed(params, hidden)
 
-    def empty_cache(self, batch: int, length: int) -> Any:
-        """A cache for `batch` rows of up to `length` tokens; keys and values are in `dtype`."""
-        return family(self.config).empty_cache(self.config, batch, length, jnp.dtype(self.dtype))
+    @property
+    def cache_axes(self) -> Any:
+        """Names of the axes of a cache, a tuple a leaf; see cache.py."""
+        return family(self.config).CACHE_AXES
+
+    def empty_cache(
+        self, rows: int, length: int, kv_format: str = cache_lib.NONE, params: Params | None = None
+    ) -> Any:
+        """A cache for `rows` rows of up to `length` tokens.
+
+        Args:
+          rows: B.
+          length: S.
+          kv_format: of keys and values, one of `cache.FORMATS`; "none" is `dtype`.
+          params: that it will be used with, if their blocks may be held apart (see `unstack`).
+        """
+        empty = family(self.config).empty_cache
+        cache = empty(self.config, rows, length, jnp.dtype(self.dtype), kv_format)
+        leaves = [] if params is None else jax.tree.leaves(params["layers"], is_leaf=is_unstacked)
+        return unstack(cache, self.cache_axes) if any(map(is_unstacked, leaves)) else cache
+
+    def unstack(self, params: Params) -> Params:
+        """The parameters with every block's arrays apart, see blocks.py."""
+        return params | {"layers": unstack(params["layers"], self.param_axes()["layers"])}
+
+    def fuse(self, params: Params) -> Params:
+        """The parameters with kernels that share their input put together, see `layers.fuse`."""
+        return params | {"layers": layers.fuse(params["layers"])}
 
 
 def positions_of(mask: jax.Array) -> jax.Array:

@@ -10,12 +10,13 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
 from ais_jax.linear import linear
+from ais_jax.models import cache as cache_lib
 from ais_jax.models import hf_config, layers
-from ais_jax.models.layers import KVCache
+from ais_jax.models.blocks import run_blocks
+from ais_jax.models.cache import KVCache
 from ais_jax.models.naming import Tensor, block_tensors
 from ais_jax.settings import at_least, positive, setting
 
@@ -86,32 +87,32 @@ class Blocks(nnx.Module):
         self.up_proj = layers.kernel(rngs, n, (d, f), ("embed", "mlp"))
         self.down_proj = layers.kernel(rngs, n, (f, d), ("mlp", "embed"), small)
 
-    def __call__(self, x, angles, mask, cache: KVCache | None, index):
-        """One block. x [B, T, D], mask [B, 1, T or 1, S]; returns (x, the layer's new cache)."""
+    def __call__(self, x, angles, masks: layers.Masks, cache: KVCache | None):
+        """One block. x [B, T, D]; returns (x, what is new of the block's cache)."""
         eps = self.config.rms_norm_eps
         with jax.named_scope("attention"):
             normed = layers.rms_norm(x, self.input_layernorm.get_value(), eps)
-            out, cache = self._attention(normed, angles, mask, cache, index)
+            out, cache = self._attention(normed, angles, masks, cache)
             x = x + out
         with jax.named_scope("mlp"):
             normed = layers.rms_norm(x, self.post_attention_layernorm.get_value(), eps)
             weights = (p.get_value() for p in (self.gate_proj, self.up_proj, self.down_proj))
             return x + layers.swiglu(normed, *weights), cache
 
-    def _attention(self, x, angles, mask, cache, index):
+    def _attention(self, x, angles, masks, cache):
         c = self.config
 
-        def heads(weight, count):
-            return linear(x, weight.get_value()).reshape(*x.shape[:2], count, c.head_dim)
-
-        q = heads(self.q_proj, c.num_attention_heads)
-        k = heads(self.k_proj, c.num_key_value_heads)
-        v = heads(self.v_proj, c.num_key_value_heads)
+        counts = c.num_attention_heads, c.num_key_value_heads, c.num_key_value_heads
+        kernels = [p.get_value() for p in (self.q_proj, self.k_proj, self.v_proj)]
+        outs = layers.products(x, kernels, [n * c.head_dim for n in counts])
+        q, k, v = (
+            out.reshape(*x.shape[:2], n, c.head_dim) for out, n in zip(outs, counts, strict=True)
+        )
         if c.qk_norm:
             q = layers.rms_norm(q, self.q_norm.get_value(), c.rms_norm_eps)
             k = layers.rms_norm(k, self.k_norm.get_value(), c.rms_norm_eps)
         q, k = layers.apply_rotary(q, angles), layers.apply_rotary(k, angles)
-        out, cache = layers.attention(q, k, v, mask, cache, index)
+        out, cache = layers.attention(q, k, v, masks, cache)
         return linear(out, self.o_proj.get_value()), cache
 
 
@@ -121,29 +122,32 @@ class Network(layers.LanguageModel):
     def __init__(self, config: Qwen3Config, *, rngs: nnx.Rngs):
         super().__init__(config, Blocks, rngs=rngs)
 
-    def attention_mask(self, key_mask, queries: int, index):
-        """Which of the keys [B, S] each query may see: those up to its own place."""
-        return layers.causal_mask(key_mask, queries, index)
+    def masks(self, key_mask, queries: int, cache, index) -> layers.Masks:
+        """Which keys each query may see: those up to its own place."""
+        return layers.causal_masks(key_mask, queries, cache, index)
 
     def hidden(self, tokens, positions, key_mask, cache: KVCache | None, index, dtype, remat: bool):
-        """Final hidden states [B, T, D] of tokens [B, T], and the cache; see `Model.hidden`."""
+        """Final hidden states [B, T, D] of tokens [B, T], and what is new of the cache."""
         angles = layers.rotary_angles(positions, self.config.head_dim, self.config.rope_theta)
-        mask = self.attention_mask(key_mask, tokens.shape[1], index)
-        x, cache = layers.scan_blocks(
+        masks = self.masks(key_mask, tokens.shape[1], cache, index)
+        x, new = run_blocks(
             self.layers,
-            lambda block, x, layer_cache: block(x, angles, mask, layer_cache, index),
+            lambda block, x, block_cache: block(x, angles, masks, block_cache),
             self.embed(tokens, dtype),
             cache,
             remat,
         )
-        return layers.rms_norm(x, self.norm.get_value(), self.config.rms_norm_eps), cache
+        return layers.rms_norm(x, self.norm.get_value(), self.config.rms_norm_eps), new
 
 
-def empty_cache(config: Qwen3Config, batch: int, length: int, dtype) -> KVCache:
-    """A cache of zeros for `batch` rows of up to `length` tokens."""
+CACHE_AXES = cache_lib.KV_AXES
+
+
+def empty_cache(config: Qwen3Config, rows: int, length: int, dtype, kv_format: str) -> KVCache:
+    """A cache of zeros for `rows` rows of up to `length` tokens."""
     c = config
-    shape = (c.num_hidden_layers, batch, length, c.num_key_value_heads, c.head_dim)
-    return KVCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+    shape = (c.num_hidden_layers, rows, c.num_key_value_heads, length, c.head_dim)
+    return cache_lib.empty(shape, dtype, kv_format)
 
 
 def from_hf(raw: Mapping[str, Any]) -> Qwen3Config:

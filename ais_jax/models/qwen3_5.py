@@ -17,8 +17,10 @@ from flax import nnx
 
 from ais_jax.errors import UserError
 from ais_jax.linear import linear
+from ais_jax.models import cache as cache_lib
 from ais_jax.models import deltanet, hf_config, layers
-from ais_jax.models.layers import KVCache
+from ais_jax.models.blocks import call_block, run_blocks
+from ais_jax.models.cache import KVCache
 from ais_jax.models.naming import Tensor, block_tensors
 from ais_jax.settings import at_least, positive, setting
 
@@ -115,16 +117,21 @@ class HybridCache(NamedTuple):
 
     conv: jax.Array  # [G, I - 1, B, width - 1, channels], the last real inputs
     state: jax.Array  # [G, I - 1, B, value heads, key size, value size] float32
-    attention: KVCache  # [G, B, S, key heads, h]
+    attention: KVCache  # [G, B, key heads, S, h]
+
+
+_BLOCKS = ("layers", "layers", "rows")
+CACHE_AXES = HybridCache(
+    (*_BLOCKS, "width", "channels"), (*_BLOCKS, "heads", "key", "value"), cache_lib.KV_AXES
+)
 
 
 class _Context(NamedTuple):
     """What every block needs besides its input."""
 
     angles: tuple[jax.Array, jax.Array]
-    attention_mask: jax.Array  # [B, 1, T, S]
+    masks: layers.Masks
     token_mask: jax.Array  # [B, T]
-    start: jax.Array | int  # key position of the first token
 
 
 class _Block(nnx.Module):
@@ -140,7 +147,7 @@ class _Block(nnx.Module):
         self.down_proj = layers.kernel(rngs, stack, (f, d), ("mlp", "embed"), _small(c))
 
     def __call__(self, x, cache, context: _Context):
-        """One block. x [B, T, D]; returns (x, the block's new cache)."""
+        """One block. x [B, T, D]; returns (x, what is new of the block's cache)."""
         with jax.named_scope("attention"):
             out, cache = self.mix(self.norm(x, self.input_layernorm), cache, context)
             x = x + out
@@ -177,15 +184,15 @@ class FullBlocks(_Block):
     def mix(self, x, cache, context: _Context):
         """Attention whose output is gated by the input; each head's rows are query, then gate."""
         c, shape = self.config, x.shape[:2]
-        queries = linear(x, self.q_proj.get_value())
-        q, gate = jnp.split(queries.reshape(*shape, c.num_attention_heads, -1), 2, axis=-1)
-        k, v = (
-            linear(x, p.get_value()).reshape(*shape, c.num_key_value_heads, c.head_dim)
-            for p in (self.k_proj, self.v_proj)
-        )
+        counts = c.num_attention_heads, c.num_key_value_heads, c.num_key_value_heads
+        sizes = [2 * counts[0] * c.head_dim, *(n * c.head_dim for n in counts[1:])]
+        kernels = [p.get_value() for p in (self.q_proj, self.k_proj, self.v_proj)]
+        outs = layers.products(x, kernels, sizes)
+        queries, k, v = (out.reshape(*shape, n, -1) for out, n in zip(outs, counts, strict=True))
+        q, gate = jnp.split(queries, 2, axis=-1)
         q = self._rotate(self.norm(q, self.q_norm), context.angles)
         k = self._rotate(self.norm(k, self.k_norm), context.angles)
-        out, cache = layers.attention(q, k, v, context.attention_mask, cache, context.start)
+        out, cache = layers.attention(q, k, v, context.masks, cache)
         gate = jax.nn.sigmoid(gate.reshape(*shape, -1))
         return linear(out * gate, self.o_proj.get_value()), cache
 
@@ -223,7 +230,10 @@ class LinearBlocks(_Block):
         c, mask = self.config, context.token_mask
         x = x * mask[..., None].astype(x.dtype)
         window, state = cache if cache is not None else self._start(x)
-        mixed, window = self._convolve(linear(x, self.in_proj_qkv.get_value()), window, mask)
+        kernels = [self.in_proj_qkv.get_value(), self.in_proj_z.get_value()]
+        sizes = [c.conv_channels, c.linear_num_value_heads * c.linear_value_head_dim]
+        mixed, z = layers.products(x, kernels, sizes)
+        mixed, window = self._convolve(mixed, window, mask)
         q, k, v = self._heads(mixed)
         beta = jax.nn.sigmoid(linear(x, self.in_proj_b.get_value())).astype(jnp.float32)
         rate = jax.nn.softplus(
@@ -235,8 +245,8 @@ class LinearBlocks(_Block):
         rule = deltanet.recurrent if x.shape[1] == 1 else deltanet.chunked
         out, state = rule(q, k, v, jnp.where(live, g, 0.0), jnp.where(live, beta, 0.0), state)
         normed = layers.rms_norm(out.astype(x.dtype), self.linear_norm.get_value(), c.rms_norm_eps)
-        z = linear(x, self.in_proj_z.get_value()).reshape(normed.shape)
-        gated = normed.astype(jnp.float32) * jax.nn.silu(z.astype(jnp.float32))
+        z = z.reshape(normed.shape).astype(jnp.float32)
+        gated = normed.astype(jnp.float32) * jax.nn.silu(z)
         out = linear(gated.astype(x.dtype).reshape(*x.shape[:2], -1), self.out_proj.get_value())
         return out, None if cache is None else (window, state)
 
@@ -296,15 +306,15 @@ class Groups(nnx.Module):
         self.full = FullBlocks(config, (groups,), rngs=rngs)
 
     def __call__(self, x, cache: HybridCache | None, context: _Context, remat: bool):
-        """x [B, T, D]; returns (x, the group's new cache)."""
+        """x [B, T, D]; returns (x, what is new of the group's cache)."""
 
         def call(block, x, block_cache):
             return block(x, block_cache, context)
 
         states = None if cache is None else (cache.conv, cache.state)
-        x, states = layers.scan_blocks(self.linear, call, x, states, remat)
+        x, states = run_blocks(self.linear, call, x, states, remat)
         attention = None if cache is None else cache.attention
-        x, attention = layers.call_block(self.full, call, x, attention, remat)
+        x, attention = call_block(self.full, call, x, attention, remat)
         if states is None:
             return x, None
         return x, HybridCache(states[0], states[1], attention)
@@ -319,15 +329,14 @@ class Network(layers.LanguageModel):
     def hidden(
         self, tokens, positions, key_mask, cache: HybridCache | None, index, dtype, remat: bool
     ):
-        """Final hidden states [B, T, D] of tokens [B, T], and the cache; see `Model.hidden`."""
+        """Final hidden states [B, T, D] of tokens [B, T], and what is new of the cache."""
         c, length = self.config, tokens.shape[1]
         context = _Context(
             layers.rotary_angles(positions, c.rotary_dim, c.rope_theta),
-            layers.causal_mask(key_mask, length, index),
+            layers.causal_masks(key_mask, length, cache, index),
             jax.lax.dynamic_slice_in_dim(key_mask, index, length, axis=1),
-            index,
         )
-        x, cache = layers.scan_blocks(
+        x, cache = run_blocks(
             self.layers,
             lambda group, x, group_cache: group(x, group_cache, context, remat),
             self.embed(tokens, dtype),
@@ -337,16 +346,18 @@ class Network(layers.LanguageModel):
         return layers.rms_norm_zero_centred(x, self.norm.get_value(), c.rms_norm_eps), cache
 
 
-def empty_cache(config: Qwen3_5Config, batch: int, length: int, dtype) -> HybridCache:
-    """A cache of zeros for `batch` rows of up to `length` tokens."""
+def empty_cache(
+    config: Qwen3_5Config, rows: int, length: int, dtype, kv_format: str
+) -> HybridCache:
+    """A cache of zeros for `rows` rows of up to `length` tokens."""
     c = config
-    blocks = (c.groups, c.full_attention_interval - 1, batch)
+    blocks = (c.groups, c.full_attention_interval - 1, rows)
     sizes = (c.linear_num_value_heads, c.linear_key_head_dim, c.linear_value_head_dim)
-    keys = (c.groups, batch, length, c.num_key_value_heads, c.head_dim)
+    keys = (c.groups, rows, c.num_key_value_heads, length, c.head_dim)
     return HybridCache(
         jnp.zeros((*blocks, c.linear_conv_kernel_dim - 1, c.conv_channels), dtype),
         jnp.zeros((*blocks, *sizes), jnp.float32),
-        KVCache(jnp.zeros(keys, dtype), jnp.zeros(keys, dtype)),
+        cache_lib.empty(keys, dtype, kv_format),
     )
 
 

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import jax
+import numpy as np
+from jax.sharding import Mesh
 
 from ais_jax import lora as lora_lib
+from ais_jax import mesh as mesh_lib
+from ais_jax import quantize
 from ais_jax.lora import LoraConfig
 from ais_jax.models import Model, Params
 from ais_jax.models.tokenizers import CharTokenizer, Tokenizer
@@ -14,7 +19,15 @@ from ais_jax.sampling import autoregressive, diffusion, estimators
 from ais_jax.sampling.diffusion_config import DiffusionConfig
 from ais_jax.sampling.types import Plan, Rollout, SamplingConfig
 
-__all__ = ["DiffusionConfig", "Plan", "Policy", "Rollout", "SamplingConfig", "sampling_config"]
+__all__ = [
+    "DiffusionConfig",
+    "Plan",
+    "Policy",
+    "Rollout",
+    "SamplingConfig",
+    "sampling_config",
+    "sampling_copy",
+]
 
 
 def sampling_config(
@@ -47,6 +60,33 @@ def sampling_config(
             "vocab_size above them, or leave vocab_size at 0"
         )
     return config
+
+
+def sampling_copy(model: Model, params: Params, recipe: str, platform: str) -> Params:
+    """The copy of `params` that samples, quantized and laid out for `platform`; jittable.
+
+    Args:
+      model: structure; its dtype is that of what is not quantized.
+      params: what the model computes with; adapters are merged in.
+      recipe: a name in `quantize.RECIPES`.
+      platform: "cpu", "gpu" or "tpu".
+    """
+    copy = quantize.quantize(lora_lib.merge(params), recipe, model.dtype)
+    copy = quantize.prepare(copy, platform)
+    if platform == "cpu":
+        copy = model.fuse(copy)  # off the CPU a fused axis could not be split over `tensor`
+    return copy if platform == "tpu" else model.unstack(copy)
+
+
+@functools.partial(jax.jit, static_argnames=("policy", "mesh"))
+def _fill_in(policy: Policy, params: Params, prompts, prompt_mask, keys, mesh: Mesh | None):
+    args = prompts, prompt_mask, keys
+    if mesh is not None:
+        args = jax.lax.with_sharding_constraint(args, mesh_lib.batch_sharding(mesh))
+    out = diffusion.rollout(policy.model, params, *args, policy.sampling)
+    if mesh is not None:
+        out = jax.lax.with_sharding_constraint(out, mesh_lib.replicated(mesh))
+    return out
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,11 +128,27 @@ class Policy:
         return lora_lib.param_axes(self.lora, self.model)
 
     def rollout(
-        self, params: Params, prompts: jax.Array, prompt_mask: jax.Array, keys: jax.Array
+        self,
+        params: Params,
+        prompts: np.ndarray,
+        prompt_mask: np.ndarray,
+        keys: jax.Array,
+        mesh: Mesh | None = None,
     ) -> Rollout:
-        """Samples a completion a row; see `autoregressive.rollout` and `diffusion.rollout`."""
-        engine = autoregressive if self.sampling.diffusion is None else diffusion
-        return engine.rollout(self.model, params, prompts, prompt_mask, keys, self.sampling)
+        """Samples completions, as many as there are keys; compiled parts run inside.
+
+        See `autoregressive.rollout` for the arguments, and `diffusion.rollout`.
+
+        Returns:
+          `Rollout` on the host.
+        """
+        if self.sampling.diffusion is None:
+            return autoregressive.rollout(
+                self.model, params, prompts, prompt_mask, keys, self.sampling, mesh
+            )
+        repeats = len(keys) // len(prompts)
+        rows = (np.repeat(x, repeats, axis=0) for x in (prompts, prompt_mask))
+        return jax.device_get(_fill_in(self, params, *rows, keys, mesh))
 
     def plan(self, rollout: Rollout, keys: jax.Array) -> Rollout:
         """The rollout, with the canvases at which a diffusion model scores it.

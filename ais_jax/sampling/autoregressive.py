@@ -1,116 +1,241 @@
 """Autoregressive sampling with a KV cache, and scoring of what was sampled.
 
-Letters in shapes: B rows, P prompt length (left-padded), T completion length, V vocabulary.
+The compiled parts are in decoding.py. Here the host decides between them, from how many rows are
+done: when the cache grows, when the batch shrinks, when waiting prompts take the places of rows
+that have ended. None of it changes what a row samples.
+
+Letters in shapes: N completions, R rows at a time, P prompt length (left-padded), T completion
+length, V vocabulary.
 """
 
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
 
+from ais_jax import mesh as mesh_lib
 from ais_jax.models import Model, Params, positions_of
+from ais_jax.sampling import decoding
 from ais_jax.sampling import logps as lp
+from ais_jax.sampling.decoding import Decoding, Setting, begin, decode, program
 from ais_jax.sampling.types import Rollout, SamplingConfig
 
-
-class _Loop(NamedTuple):
-    """What the decode loop carries: everything about the `step` tokens sampled so far."""
-
-    step: jax.Array  # []
-    last: jax.Array  # [B] the newest token
-    tokens: jax.Array  # [B, T]
-    logps: jax.Array  # [B, T]
-    mask: jax.Array  # [B, T]
-    done: jax.Array  # [B] has sampled an end token
-    cache: Any
+# Below this many rows the bfloat16 and integer kernels of a CPU are slower, not faster.
+_LEAST_ROWS_ON_CPU = 8
+# Buckets of prompt lengths: every one is a program to compile.
+_WIDTHS, _NARROWEST = 4, 32
 
 
 def rollout(
     model: Model,
     params: Params,
-    prompts: jax.Array,
-    prompt_mask: jax.Array,
+    prompts: np.ndarray,
+    prompt_mask: np.ndarray,
     keys: jax.Array,
     config: SamplingConfig,
+    mesh: Mesh | None = None,
 ) -> Rollout:
-    """Samples one completion a row: prefill, then one decode loop that ends when all rows have.
+    """Samples completions: prefill, then decoding in segments.
 
-    The noise of row b at step t comes from `fold_in(keys[b], t)` alone, so a row's tokens do not
-    depend on the rows beside it.
+    Not to be jitted: compiled parts run one after the other, and between them the host looks at
+    how many rows are done. The cache grows by `config.segment` columns, so short completions never
+    pay for `max_new_tokens`; a batch that has half ended shrinks; with fewer `config.slots` than
+    completions, waiting ones take the places of those that have ended.
+
+    The noise of completion n at its step t comes from `fold_in(keys[n], t)` alone, so its tokens
+    depend neither on the rows beside it nor on when it gets its turn.
 
     Args:
       model: structure of the policy; its dtype is that of activations and cache.
       params: the policy's parameters, usually quantized and prepared.
-      prompts: [B, P] int32, left-padded.
-      prompt_mask: [B, P] bool.
-      keys: [B] PRNG keys.
-      config: lengths, temperature, ids.
+      prompts: [M, P] int32, left-padded, on the host.
+      prompt_mask: [M, P] bool, on the host.
+      keys: [N] PRNG keys; N / M completions of each prompt, in consecutive rows.
+      config: lengths, temperature, ids, engine.
+      mesh: spreads rows over its batch axes, and heads over `tensor`.
 
     Returns:
-      `Rollout`; `logps` are float32 log-probs under `params` of the distribution sampled from.
+      `Rollout` of N rows on the host; `logps` are float32 log-probs under `params` of the
+      distribution sampled from.
     """
-    rows, width = prompts.shape
-    allowed = config.allowed_ids(model.config.vocab_size)
-    cache = model.empty_cache(rows, width + config.max_new_tokens)
-    slots = jnp.ones((rows, config.max_new_tokens), bool)
-    key_mask = jnp.concatenate([prompt_mask, slots], axis=1)
-    lengths = jnp.sum(prompt_mask, axis=1, dtype=jnp.int32)
-
-    def draw(hidden, step):
-        logps = lp.log_probs(model.unembed(params, hidden[:, -1]), config.temperature or 1, allowed)
-        if config.temperature == 0:
-            return lp.greedy(logps)
-        return lp.sample(logps, jax.vmap(functools.partial(jax.random.fold_in, data=step))(keys))
-
-    def decode(state: _Loop) -> _Loop:
-        positions = lengths + state.step - 1
-        hidden, cache = model.hidden(
-            params,
-            state.last[:, None],
-            positions[:, None],
-            key_mask,
-            state.cache,
-            width + state.step - 1,
-        )
-        token, logp = draw(hidden, state.step)
-        return _append(state._replace(cache=cache), token, logp, config)
-
-    hidden, filled = model.hidden(params, prompts, positions_of(prompt_mask), key_mask, cache, 0)
-    zeros = jnp.zeros((rows, config.max_new_tokens))
-    state = _Loop(
-        step=jnp.zeros((), jnp.int32),
-        last=jnp.full(rows, config.pad_id, jnp.int32),
-        tokens=jnp.full(zeros.shape, config.pad_id, jnp.int32),
-        logps=zeros,
-        mask=zeros.astype(bool),
-        done=jnp.zeros(rows, bool),
-        cache=filled,
+    setting = Setting(model, config, mesh)
+    job = _job(setting, params, np.asarray(prompts), np.asarray(prompt_mask), keys)
+    found = _Found(
+        tokens=np.full((job.total, config.max_new_tokens), config.pad_id, np.int32),
+        logps=np.zeros((job.total, config.max_new_tokens), np.float32),
+        mask=np.zeros((job.total, config.max_new_tokens), bool),
+        ended=np.zeros(job.total, bool),
     )
-    token, logp = draw(hidden, 0)
-    state = _append(state, token, logp, config)
-    state = jax.lax.while_loop(
-        lambda s: (s.step < config.max_new_tokens) & ~jnp.all(s.done), decode, state
-    )
-    return Rollout(prompts, prompt_mask, state.tokens, state.mask, state.logps, ~state.done)
+    rows = job.round_up(min(config.slots or job.total, job.total))
+    waiting = min(rows, job.total)  # the next completion that has no row yet
+    requests = np.where(np.arange(rows) < waiting, np.arange(rows), -1)
+    crowded = waiting < job.total
+    columns = job.width + min(config.segment, config.max_new_tokens)
+    state = _begin(job, requests, columns)
+    while True:
+        remaining = int(config.max_new_tokens - np.asarray(state.count)[requests >= 0].min())
+        if waiting < job.total:
+            least = len(requests) - _group(job, len(requests))
+        else:
+            least = _fewer(job, len(requests), remaining)
+        state = program(decode, setting.platform)(params, state, np.int32(least), setting=setting)
+        done = np.asarray(state.done)
+        requests = _collect(job, state, requests, done, found)
+        if waiting == job.total and done.all():
+            break
+        if waiting < job.total:
+            state, requests, waiting = _refill(job, state, requests, waiting)
+        elif (requests >= 0).sum() <= least:
+            state, requests = _compact(job, state, requests, least)
+        state = _make_room(job, state, requests, crowded)
+    if job.repeats > 1:
+        prompts, prompt_mask = (np.repeat(x, job.repeats, axis=0) for x in (prompts, prompt_mask))
+    return Rollout(prompts, prompt_mask, found.tokens, found.mask, found.logps, ~found.ended)
 
 
-def _append(state: _Loop, token: jax.Array, logp: jax.Array, config: SamplingConfig) -> _Loop:
-    """Records one token a row; rows that are done get padding."""
-    live = ~state.done
-    token = jnp.where(live, token.astype(jnp.int32), config.pad_id)
-    ended = jnp.any(token[:, None] == jnp.array(config.eos_ids), axis=1)
-    put = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=state.step, axis=1)
-    return state._replace(
-        step=state.step + 1,
-        last=token,
-        tokens=put(state.tokens, token[:, None]),
-        logps=put(state.logps, jnp.where(live, logp, 0.0)[:, None]),
-        mask=put(state.mask, live[:, None]),
-        done=state.done | (live & ended),
+class _Found(NamedTuple):
+    """What has been sampled, on the host, by completion; filled in as rows end."""
+
+    tokens: np.ndarray  # [N, T] int32
+    logps: np.ndarray  # [N, T] float32
+    mask: np.ndarray  # [N, T] bool
+    ended: np.ndarray  # [N] bool, by an end token
+
+
+class _Job(NamedTuple):
+    """What stays the same while completions are sampled."""
+
+    setting: Setting
+    params: Params
+    prompts: np.ndarray  # [M, width]
+    mask: np.ndarray  # [M, width]
+    keys: jax.Array  # [N]
+    repeats: int  # N / M
+    multiple: int  # rows are a multiple of this, the devices that share them
+    fewest: int  # rows at a time
+
+    @property
+    def total(self) -> int:
+        return len(self.keys)
+
+    @property
+    def width(self) -> int:
+        return self.prompts.shape[1]
+
+    def round_up(self, rows: int) -> int:
+        """The next possible number of rows."""
+        return -(-max(rows, self.fewest) // self.multiple) * self.multiple
+
+    def put(self, x: Any) -> jax.Array:
+        """On the devices, rows split over them."""
+        mesh = self.setting.mesh
+        return jnp.asarray(x) if mesh is None else jax.device_put(x, mesh_lib.batch_sharding(mesh))
+
+
+def _job(setting: Setting, params: Params, prompts, mask, keys: jax.Array) -> _Job:
+    """Raises ValueError if the completions cannot be shared out among the prompts."""
+    if not len(prompts) or len(keys) % len(prompts):
+        raise ValueError(f"{len(keys)} keys are no multiple of {len(prompts)} prompts")
+    mesh = setting.mesh
+    slow = setting.platform == "cpu" and setting.model.dtype != "float32"
+    width = prompt_width(mask)
+    return _Job(
+        *(setting, params, prompts[:, -width:], mask[:, -width:], keys),
+        repeats=len(keys) // len(prompts),
+        multiple=1 if mesh is None else math.prod(mesh.shape[a] for a in mesh_lib.BATCH_AXES),
+        fewest=_LEAST_ROWS_ON_CPU if slow else 1,
     )
+
+
+def prompt_width(mask: np.ndarray) -> int:
+    """The bucket of the longest prompt in a left-padded mask [M, P]: one of few widths up to P."""
+    width = mask.shape[1]
+    longest = max(int(mask.sum(axis=1).max()), 1)
+    step = max(-(-width // _WIDTHS), _NARROWEST)
+    return min(-(-longest // step) * step, width)
+
+
+def _begin(job: _Job, requests: np.ndarray, columns: int) -> Decoding:
+    """The given completions with their first tokens; -1 are rows without one."""
+    filled = np.maximum(requests, 0)
+    repeats = job.repeats
+    consecutive = filled.reshape(-1, repeats) // repeats == filled[::repeats, None] // repeats
+    if len(filled) % repeats or len(filled) // repeats % job.multiple or not consecutive.all():
+        repeats = 1
+    chosen = filled[::repeats] // job.repeats
+    return program(begin, job.setting.platform)(
+        job.params,
+        *(job.put(x) for x in (job.prompts[chosen], job.mask[chosen])),
+        *(job.put(x) for x in (job.keys[filled], requests >= 0)),
+        setting=job.setting,
+        columns=columns,
+        repeats=repeats,
+    )
+
+
+def _collect(job: _Job, state: Decoding, requests, done, found: _Found) -> np.ndarray:
+    """Writes down the rows that have ended, and returns the requests without them."""
+    rows = np.flatnonzero(done & (requests >= 0))
+    if rows.size:
+        parts = (np.asarray(x) for x in decoding.completions(state, setting=job.setting))
+        for into, part in zip(found, parts, strict=True):
+            into[requests[rows]] = part[rows]
+    return np.where(done, -1, requests)
+
+
+def _group(job: _Job, rows: int) -> int:
+    """Rows that are refilled at a time: one shape to compile, and not a prefill for each row."""
+    return min(job.round_up(max(rows // 4, 1)), rows)
+
+
+def _refill(job: _Job, state: Decoding, requests: np.ndarray, waiting: int):
+    """(state, requests, waiting) with waiting completions in the places of ended ones."""
+    group = _group(job, len(requests))
+    while waiting < job.total and (requests < 0).sum() >= group:
+        free = np.flatnonzero(requests < 0)[:group]
+        chosen = np.arange(waiting, waiting + group)
+        chosen = np.where(chosen < job.total, chosen, -1)
+        new = _begin(job, chosen, job.width + 1)
+        places = np.where(chosen >= 0, free, len(requests)).astype(np.int32)
+        state = decoding.refill(state, new, places, setting=job.setting)
+        requests = requests.copy()
+        requests[free] = chosen
+        waiting += int((chosen >= 0).sum())
+    return state, requests, waiting
+
+
+def _fewer(job: _Job, rows: int, remaining: int) -> int:
+    """The number of rows that the batch shrinks to once no more are live; 0 if it does not."""
+    smaller = job.round_up(-(-rows // 2))
+    return smaller if smaller < rows and remaining >= job.setting.config.compact_steps else 0
+
+
+def _compact(job: _Job, state: Decoding, requests: np.ndarray, rows: int):
+    """(state, requests) of the live rows, filled up to `rows` with ended ones."""
+    kept = np.argsort(requests < 0, kind="stable")[:rows]
+    return decoding.take(state, kept.astype(np.int32), setting=job.setting), requests[kept]
+
+
+def _make_room(job: _Job, state: Decoding, requests: np.ndarray, crowded: bool) -> Decoding:
+    """The state with a column to go on in: room is made at the end, or left behind at the front."""
+    config, columns = job.setting.config, state.tokens.shape[1]
+    column = int(state.column)
+    if column < columns - 1:
+        return state
+    starts = np.asarray(state.start)[requests >= 0]
+    unused = min(int(starts.min()), column - job.width)
+    # Rows that begin late need columns beyond those of the first ones.
+    most = job.width + config.max_new_tokens + (config.segment if crowded else 0)
+    if columns < most and unused < config.segment // 2:
+        more = min(columns + config.segment, most)
+        return decoding.grow(state, setting=job.setting, columns=more)
+    return decoding.shift(state, np.int32(unused), setting=job.setting)
 
 
 def score(

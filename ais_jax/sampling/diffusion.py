@@ -178,7 +178,7 @@ def _fill_block(model, params, mask, keys, config: SamplingConfig, block, canvas
     state = (jnp.int32(0), canvas, None)
     if settings.cache != "none":  # every block begins with exact keys and values
         rows = canvas.ids.shape[0] * (2 if settings.cfg_scale else 1)
-        cache = model.empty_cache(rows, canvas.ids.shape[1])
+        cache = model.empty_cache(rows, canvas.ids.shape[1], params=params)
         hidden, cache = forward(canvas.ids, mask, config, cache)
         hidden = jax.lax.dynamic_slice_in_dim(hidden, start, length, axis=1)
         state = (jnp.int32(1), commit(jnp.int32(0), canvas, hidden), cache)

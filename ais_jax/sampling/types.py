@@ -57,9 +57,20 @@ class SamplingConfig:
       mask_id: stands for a token not chosen yet; never sampled. -1, no id, for autoregressive
         models.
       diffusion: how a diffusion model is sampled and scored; None for autoregressive models.
+      kv_cache: format of keys and values, one of `models.cache.FORMATS`; "none" is the compute
+        dtype.
+      slots: completions at a time, the others wait for a row; None takes all.
+      segment: columns by which the cache grows.
+      prefill_chunk: prompt tokens a row that are read at a time.
+      compact_steps: rows that have ended leave the batch if at least this many steps may follow.
+      top_k: only the most probable `top_k` tokens are drawn; 0 keeps all. This and the next two,
+        see `logps.truncate`, are for evaluation: they would bias every ratio.
+      top_p: of those only the fewest that hold this much of their probability.
+      min_p: of those only tokens at least `min_p` times as probable as the most probable one.
 
     Raises:
-      ValueError: blocks and steps do not fit the length.
+      ValueError: blocks and steps do not fit the length, or `top_k`, `top_p` or `min_p` are out of
+        range or set for a diffusion model.
     """
 
     max_new_tokens: int
@@ -70,10 +81,28 @@ class SamplingConfig:
     score_chunk: int = 128
     mask_id: int = -1
     diffusion: DiffusionConfig | None = None
+    kv_cache: str = "none"
+    slots: int | None = None
+    segment: int = 256
+    prefill_chunk: int = 512
+    compact_steps: int = 64
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
 
     def __post_init__(self):
         if self.diffusion is not None:
             self.diffusion.check(self.max_new_tokens)
+        check_truncation(self.top_k, self.top_p, self.min_p)
+        if self.diffusion is not None and self.truncated:
+            raise ValueError(
+                "top_k, top_p and min_p are for autoregressive models: leave them at 0, 1 and 0"
+            )
+
+    @property
+    def truncated(self) -> bool:
+        """Whether improbable tokens are left out."""
+        return (self.top_k, self.top_p, self.min_p) != (0, 1, 0)
 
     @property
     def settings(self) -> DiffusionConfig:
@@ -121,3 +150,17 @@ class SamplingConfig:
         if diffusion is not None:
             diffusion = diffusion.resized(self.max_new_tokens, max_new_tokens)
         return dataclasses.replace(self, max_new_tokens=max_new_tokens, diffusion=diffusion)
+
+
+def check_truncation(top_k: int, top_p: float, min_p: float) -> None:
+    """Refuses what `logps.truncate` cannot do.
+
+    Raises:
+      ValueError: one of them is out of range.
+    """
+    if top_k < 0:
+        raise ValueError(f"top_k={top_k} must be at least 0, which keeps all tokens")
+    if not 0 < top_p <= 1:
+        raise ValueError(f"top_p={top_p} must be above 0 and at most 1, which keeps all tokens")
+    if not 0 <= min_p <= 1:
+        raise ValueError(f"min_p={min_p} must be from 0, which keeps all tokens, to 1")

@@ -159,12 +159,11 @@ def sample_groups(run: Run, copy, key, iterator, reward_fn) -> Sampled:
 
 def _sample_round(run: Run, copy, key, iterator, reward_fn) -> Sampled:
     c = run.config.grpo
-    examples = [example for example in next(iterator) for _ in range(c.group_size)]
-    prompts, mask = run.prompter.prompts(examples)
-    keys = run.programs.put(jax.random.split(key, len(examples)))
+    posed = next(iterator)
+    examples = [example for example in posed for _ in range(c.group_size)]
+    keys = jax.random.split(key, len(examples))
     began = time.perf_counter()
-    rollout = run.programs.rollout(copy, run.programs.put(prompts), run.programs.put(mask), keys)
-    rollout = jax.block_until_ready(rollout)
+    rollout = run.programs.rollout(copy, *run.prompter.prompts(posed), keys)
     seconds = time.perf_counter() - began
     completions = run.prompter.completions(rollout)
     rewards = checked_rewards(reward_fn(completions, examples), len(examples))
@@ -188,7 +187,7 @@ def select_groups(rounds: list[Sampled], group_size: int, groups: int) -> Sample
     order = np.argsort(~useful, kind="stable")[:groups]
     rows = (order[:, None] * group_size + np.arange(group_size)).ravel()
     rollout = jax.tree.map(
-        lambda *parts: np.concatenate([np.asarray(p) for p in parts])[rows],
+        lambda *parts: np.concatenate(parts)[rows],
         *[r.rollout for r in rounds],
     )
     examples = [example for r in rounds for example in r.examples]

@@ -9,10 +9,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from ais_jax import mesh as mesh_lib
+from ais_jax import quantize
 from ais_jax.config import Config
 from ais_jax.sampling import Policy
 from ais_jax.train import step as step_lib
@@ -21,14 +21,14 @@ from ais_jax.train.state import init_state, state_shardings
 
 @dataclasses.dataclass(frozen=True)
 class Programs:
-    """Jitted functions; parameters, state and batches stay sharded between them.
+    """Compiled functions; parameters, state and batches stay sharded between them.
 
     init_trainable(key) -> what is trained: random parameters, or adapters
     init_base(key) -> random parameters under adapters
     hold(params) -> the frozen part under adapters, quantized if so configured; `params` is donated
     init_state(trainable) -> state
     refit(params, previous or None) -> (sampling copy, share of changed codes)
-    rollout(copy, prompts, prompt_mask, keys) -> Rollout
+    rollout(copy, prompts, prompt_mask, keys) -> Rollout on the host; not to be jitted
     plan(rollout, keys) -> Rollout, `rollout.diffusion.draws` times the rows
     score(params, rollout) -> (logps, entropy)
     measure(calibration, batch) -> (calibration, Measurement)
@@ -57,9 +57,16 @@ class Programs:
 
 
 def build_programs(
-    config: Config, policy: Policy, optimizer: optax.GradientTransformation, mesh: jax.sharding.Mesh
+    config: Config,
+    policy: Policy,
+    optimizer: optax.GradientTransformation,
+    mesh: jax.sharding.Mesh,
+    recipe: str,
 ) -> Programs:
-    """Binds the static parts of each function and says where its results live."""
+    """Binds the static parts of each function and says where its results live.
+
+    `recipe` is that of the sampling copy.
+    """
     model = policy.model
     shardings = state_shardings(policy, optimizer, mesh)
     base_shardings = mesh_lib.param_shardings(
@@ -69,14 +76,13 @@ def build_programs(
 
     refit = functools.partial(
         step_lib.refit,
-        recipe=config.rollout.recipe,
-        dtype=np.dtype(config.train.dtype),
+        model=model,
+        recipe=recipe,
         platform=mesh.devices.flat[0].platform,
     )
     copy, _ = jax.eval_shape(lambda p: refit(p, None), model.abstract_params())
-    copy_shardings = mesh_lib.param_shardings(
-        model.param_axes(), copy, mesh, mesh_lib.ROLLOUT_RULES
-    )
+    copy_axes = quantize.copy_axes(model.param_axes(), copy)
+    copy_shardings = mesh_lib.param_shardings(copy_axes, copy, mesh, mesh_lib.ROLLOUT_RULES)
     update = functools.partial(
         step_lib.update,
         policy=policy,
@@ -98,7 +104,7 @@ def build_programs(
         ),
         # The old copy is compared and then dead: its memory is the new one's.
         refit=jax.jit(refit, donate_argnums=1, out_shardings=(copy_shardings, everywhere)),
-        rollout=jax.jit(policy.rollout, out_shardings=rows),
+        rollout=functools.partial(policy.rollout, mesh=mesh),
         plan=jax.jit(
             functools.partial(step_lib.plan, policy=policy, draws=policy.sampling.draws),
             out_shardings=rows,

@@ -69,7 +69,7 @@ def _phases(run: Run, examples: Examples, checkpoints, reward_fn: RewardFn, bega
     evaluator = build_evaluator(
         run.policy,
         run.prompter,
-        run.programs.put,
+        run.programs.mesh,
         config.train.eval_batch_size,
         config.train.eval_max_new_tokens or config.rollout.max_new_tokens,
         config.train.seed,
@@ -163,11 +163,14 @@ def _evaluate_all(evaluator, params, examples: Examples) -> dict[str, float]:
 def _say_hello(run: Run, examples: Examples, dropped: int) -> None:
     size = _count(run.policy.model.abstract_params())
     device = jax.devices()[0]
+    recipe, why = run.recipe
     console().print(
         f"{run.config.task.name}: {size / 1e6:.2f} M parameters on {jax.device_count()} "
-        f"{device.platform} device(s), rollouts in {run.config.rollout.recipe}, "
+        f"{device.platform} device(s), rollouts in {recipe}, "
         f"{len(examples.train)} problems to train on, {len(examples.heldout)} held out"
     )
+    if why:
+        console().print(f"rollouts in {recipe}: {why}")
     if dropped:
         console().print(
             f"{dropped} further problems are left out: their prompts are above "

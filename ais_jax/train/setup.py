@@ -17,6 +17,7 @@ from ais_jax.models import LladaConfig, Model, ModelConfig, Params, PretrainedMo
 from ais_jax.models.checkpoint import Checkpoint, open_model, tokenizer_of
 from ais_jax.models.naming import Tensor
 from ais_jax.models.tokenizers import CharTokenizer, TextTokenizer, Tokenizer, check_ids
+from ais_jax.recipes import choose_recipe
 from ais_jax.sampling import Policy, SamplingConfig, sampling_config
 from ais_jax.sampling.prompts import Prompter
 from ais_jax.tasks.common import find_shared
@@ -40,6 +41,7 @@ class Run:
     """The fixed parts of a run.
 
     Attributes:
+      recipe: quantization of the sampling copy, and why where it was chosen here.
       frozen: the part of the policy that is not trained; None if all of it is.
       source: the checkpoint that the policy starts from; None for random parameters.
     """
@@ -50,6 +52,7 @@ class Run:
     prompter: Prompter
     programs: Programs
     learning_rate: Callable[[int], float]
+    recipe: tuple[str, str | None]
     source: Source | None = None
     frozen: Params | None = None
 
@@ -84,15 +87,27 @@ def build_run(config: Config, directory: pathlib.Path, devices: list | None = No
     mesh = mesh_lib.make_mesh(config.mesh, devices)
     schedule = learning_rate_schedule(config)
     updates = config.grpo.inner_epochs * config.grpo.minibatches
+    recipe = _recipe(config, mesh)
     return Run(
         config=config,
         directory=directory,
         policy=policy,
         prompter=_prompter(config, task, tokenizer, model.mask_id),
-        programs=build_programs(config, policy, grpo_optimizer(config), mesh),
+        programs=build_programs(config, policy, grpo_optimizer(config), mesh, recipe[0]),
         learning_rate=lambda step: float(schedule((step - 1) * updates)),
+        recipe=recipe,
         source=source,
     )
+
+
+def _recipe(config: Config, mesh: jax.sharding.Mesh) -> tuple[str, str | None]:
+    """The recipe, and why if it was left to the device."""
+    recipe = config.rollout.recipe
+    if recipe != "auto":
+        return recipe, None
+    device = mesh.devices.flat[0]
+    rows = config.rollout.slots or config.grpo.batch_size
+    return choose_recipe(device.platform, device.device_kind, rows)
 
 
 def _open_policy(config: Config, task) -> tuple[Source | None, Model, Tokenizer]:
@@ -129,6 +144,11 @@ def _sampling(config: Config, model: Model, tokenizer: Tokenizer) -> SamplingCon
         max_new_tokens=config.rollout.max_new_tokens,
         temperature=config.rollout.temperature,
         score_chunk=config.rollout.score_chunk,
+        kv_cache=config.rollout.kv_cache,
+        slots=config.rollout.slots,
+        segment=config.rollout.segment,
+        prefill_chunk=config.rollout.prefill_chunk,
+        compact_steps=config.rollout.compact_steps,
     )
     if config.train.eval_max_new_tokens is not None:
         sampling.resized(config.train.eval_max_new_tokens)  # said before anything is trained

@@ -15,9 +15,8 @@ import optax
 
 from ais_jax import ais, masked, quantize
 from ais_jax.ais_config import AISConfig
-from ais_jax.lora import merge
-from ais_jax.models import Params
-from ais_jax.sampling import Policy, Rollout
+from ais_jax.models import Model, Params
+from ais_jax.sampling import Policy, Rollout, sampling_copy
 from ais_jax.train.state import Calibration, TrainState, calibrate, severity_scale
 
 
@@ -39,13 +38,12 @@ class Measurement(NamedTuple):
     diagnostics: ais.Diagnostics
 
 
-def refit(params: Params, previous: Params | None, *, recipe: str, dtype, platform: str):
+def refit(params: Params, previous: Params | None, *, model: Model, recipe: str, platform: str):
     """The sampling copy of `params`, and the share of its codes that differ from `previous`.
 
-    Adapters are merged in. A share of 0 after an update means that the sampler is deaf to what is
-    learned.
+    A share of 0 after an update means that the sampler is deaf to what is learned.
     """
-    copy = quantize.prepare(quantize.quantize(merge(params), recipe, dtype), platform)
+    copy = sampling_copy(model, params, recipe, platform)
     changed = jnp.float32(jnp.nan)
     if previous is not None:
         changed = quantize.changed_fraction(previous, copy)

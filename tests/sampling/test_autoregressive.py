@@ -28,7 +28,7 @@ SAMPLING = SamplingConfig(
     max_new_tokens=9, temperature=0.9, pad_id=PAD, eos_ids=(EOS,), token_count=20
 )
 POLICY = Policy(build(CONFIG, "float32"), SAMPLING)
-ROLLOUT, SCORE = jax.jit(POLICY.rollout), jax.jit(POLICY.score)
+ROLLOUT, SCORE = POLICY.rollout, jax.jit(POLICY.score)
 
 
 def params_of(policy):
@@ -43,7 +43,7 @@ def batch(rows=16, width=6):
     lengths = rng.integers(1, width + 1, rows)
     mask = np.arange(width)[None] >= width - lengths[:, None]
     prompts = np.where(mask, rng.integers(2, 20, (rows, width)), PAD).astype(np.int32)
-    return jnp.asarray(prompts), jnp.asarray(mask), jax.random.split(jax.random.key(7), rows)
+    return prompts, mask, jax.random.split(jax.random.key(7), rows)
 
 
 @pytest.mark.smoke

@@ -207,7 +207,7 @@ def test_coefficient_is_measured_on_tokens_in_the_loss():
 def test_refit_follows_an_update():
     params = start().params
     refit = jax.jit(
-        functools.partial(step_lib.refit, recipe="fp8", dtype=jnp.dtype("float32"), platform="cpu")
+        functools.partial(step_lib.refit, model=POLICY.model, recipe="fp8", platform="cpu")
     )
     copy, changed = refit(params, None)
     assert np.isnan(float(changed))

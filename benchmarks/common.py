@@ -1,0 +1,57 @@
+"""What the benchmarks share: variants that take turns, tables, and the machine they ran on."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import platform
+import re
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+
+def interleave(variants: Mapping[Any, Callable], repeats: int) -> tuple[dict, dict]:
+    """(seconds [repeats], the last result) of each; the variants take turns, after one go each."""
+    results = {name: jax.block_until_ready(run()) for name, run in variants.items()}
+    seconds: dict[Any, list[float]] = {name: [] for name in variants}
+    for _ in range(repeats):
+        for name, run in variants.items():
+            began = time.perf_counter()
+            results[name] = jax.block_until_ready(run())
+            seconds[name].append(time.perf_counter() - began)
+    return {name: np.array(s) for name, s in seconds.items()}, results
+
+
+def spread(values: np.ndarray, digits: int) -> str:
+    """Median (least to largest)."""
+    middle, least, most = (f"{f(values):,.{digits}f}" for f in (np.median, np.min, np.max))
+    return f"{middle} ({least} to {most})"
+
+
+def table(*rows: tuple) -> list[str]:
+    """A Markdown table; the first row is its head."""
+    lines = ["| " + " | ".join(map(str, row)) + " |" for row in rows]
+    return [lines[0], "|" + " --- |" * len(rows[0]), *lines[1:]]
+
+
+def machine() -> str:
+    """Date, devices, processor and versions."""
+    device = jax.devices()[0]
+    devices = f"{jax.device_count()} x {device.device_kind}; {os.cpu_count()} cores of {_cpu()}"
+    versions = f"Python {platform.python_version()}, jax {jax.__version__}"
+    return f"{time.strftime('%Y-%m-%d')}; {devices}; {versions}"
+
+
+def _cpu() -> str:
+    info = pathlib.Path("/proc/cpuinfo")
+    names = re.findall("model name\\s*: (.*)", info.read_text() if info.exists() else "")
+    return names[0] if names else platform.machine()
+
+
+def load() -> str:
+    """How busy the machine is."""
+    return f"Load average {os.getloadavg()[0]:.1f}"

@@ -1,0 +1,255 @@
+"""Segments, compaction, refilling and layout change nothing about what a row samples."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ais_jax import mesh as mesh_lib
+from ais_jax.models import Qwen3_5Config, Qwen3Config, build
+from ais_jax.models import cache as cache_lib
+from ais_jax.models.blocks import Unstacked
+from ais_jax.sampling import Policy, SamplingConfig, autoregressive, decoding, sampling_copy
+
+EOS, PAD, VOCAB, WIDTH, LENGTH = 1, 0, 24, 9, 40
+QWEN3 = Qwen3Config(
+    vocab_size=VOCAB,
+    hidden_size=32,
+    intermediate_size=64,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=16,
+    rope_theta=1e4,
+    tie_word_embeddings=False,
+)
+HYBRID = Qwen3_5Config(
+    vocab_size=VOCAB,
+    hidden_size=32,
+    intermediate_size=64,
+    num_hidden_layers=4,
+    full_attention_interval=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=16,
+    linear_num_key_heads=2,
+    linear_num_value_heads=4,
+    linear_key_head_dim=8,
+    linear_value_head_dim=8,
+    partial_rotary_factor=0.5,
+)
+SAMPLING = SamplingConfig(
+    max_new_tokens=LENGTH, temperature=1.0, pad_id=PAD, eos_ids=(EOS,), token_count=20
+)
+# Everything happens: the cache grows and is shifted, rows are compacted and refilled.
+BUSY = {
+    "segments": {"segment": 7},
+    "compaction": {"compact_steps": 1},
+    "refill": {"slots": 5, "segment": 6},
+    "all": {"slots": 6, "segment": 5, "prefill_chunk": 4, "compact_steps": 1},
+}
+MODELS = {"qwen3": QWEN3, "qwen3_5": HYBRID}
+
+
+def policy_of(name="qwen3", dtype="float32", **engine):
+    return Policy(build(MODELS[name], dtype), dataclasses.replace(SAMPLING, **engine))
+
+
+def params_of(policy):
+    """Random parameters, larger than at the start of training: choices differ between prompts."""
+    params = policy.model.init(jax.random.key(0))
+    larger = jax.tree.map(lambda x: 4 * x if x.ndim >= 3 else x, params["layers"])
+    params |= {"layers": larger}
+    return params | {"embed_tokens": 30 * params["embed_tokens"]}
+
+
+def batch(rows=16, width=WIDTH):
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(1, width + 1, rows)
+    mask = np.arange(width)[None] >= width - lengths[:, None]
+    prompts = np.where(mask, rng.integers(2, 20, (rows, width)), PAD).astype(np.int32)
+    return prompts, mask, jax.random.split(jax.random.key(7), rows)
+
+
+def same(a, b, rows=slice(None)):
+    np.testing.assert_array_equal(a.tokens, b.tokens[rows])
+    np.testing.assert_array_equal(a.mask, b.mask[rows])
+    np.testing.assert_array_equal(a.truncated, b.truncated[rows])
+    np.testing.assert_allclose(a.logps, b.logps[rows], atol=1e-5)
+
+
+def log(monkeypatch):
+    """Which parts of the engine ran."""
+    seen = []
+    for name in ("grow", "shift", "take", "refill"):
+        function = getattr(decoding, name)
+
+        def spy(*args, function=function, name=name, **kwargs):
+            seen.append(name)
+            return function(*args, **kwargs)
+
+        monkeypatch.setattr(decoding, name, spy)
+    return seen
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("engine", BUSY)
+def test_no_arrangement_of_rows_changes_what_they_sample(name, engine, monkeypatch):
+    whole = policy_of(name, segment=LENGTH, compact_steps=LENGTH + 1)
+    params = params_of(whole)
+    seen = log(monkeypatch)
+    plain = whole.rollout(params, *batch())
+    assert not seen
+    lengths = plain.mask.sum(axis=1)
+    assert lengths.min() < 8 and lengths.max() == LENGTH  # early ends, and one to the last
+    busy = policy_of(name, **BUSY[engine]).rollout(params, *batch())
+    expected = {
+        "segments": {"grow"}, "compaction": {"take"}, "refill": {"grow", "refill"},
+        "all": {"grow", "take", "refill"},
+    }[engine]  # fmt: skip
+    assert expected <= set(seen)
+    same(busy, plain)
+
+
+def test_columns_left_behind_are_used_again(monkeypatch):
+    """With many short completions after one another the columns would run out."""
+    params = params_of(policy_of())
+    prompts, mask, keys = batch(rows=64)
+    plain = policy_of().rollout(params, prompts, mask, keys)
+    seen = log(monkeypatch)
+    busy = policy_of(slots=4, segment=8).rollout(params, prompts, mask, keys)
+    assert seen.count("shift") > 3
+    same(busy, plain)
+
+
+@pytest.mark.smoke
+def test_two_rollouts_are_bitwise_equal():
+    policy = policy_of(dtype="bfloat16", **BUSY["all"])
+    params = params_of(policy)
+    first, second = (policy.rollout(params, *batch()) for _ in range(2))
+    for a, b in zip(first[:6], second[:6], strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_completions_of_one_prompt_are_those_of_the_prompt_repeated(name):
+    policy = policy_of(name)
+    params, (prompts, mask, _) = params_of(policy), batch(rows=4)
+    keys = jax.random.split(jax.random.key(3), 12)
+    shared = policy.rollout(params, prompts, mask, keys)
+    repeated = policy.rollout(params, np.repeat(prompts, 3, 0), np.repeat(mask, 3, 0), keys)
+    same(shared, repeated)
+    np.testing.assert_array_equal(shared.prompts, repeated.prompts)
+    with pytest.raises(ValueError, match="11 keys are no multiple of 4 prompts"):
+        policy.rollout(params, prompts, mask, keys[:11])
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize("name", MODELS)
+def test_chunks_of_the_prompt_change_nothing(name):
+    params = params_of(policy_of(name))
+    whole = policy_of(name).rollout(params, *batch())
+    for chunk in (1, 4, 8):
+        same(policy_of(name, prefill_chunk=chunk).rollout(params, *batch()), whole)
+
+
+def test_prompts_take_the_least_bucket():
+    """Few widths, and tokens that do not notice."""
+    mask = np.arange(256) >= 256 - np.array([[3], [40]])
+    assert autoregressive.prompt_width(mask) == 64
+    assert autoregressive.prompt_width(np.ones((2, 256), bool)) == 256
+    assert autoregressive.prompt_width(mask[:, -12:]) == 12
+    params = params_of(policy_of())
+    prompts, mask, keys = batch(rows=4)
+    wide = (np.pad(x, ((0, 0), (100, 0))) for x in (prompts, mask))
+    found = policy_of().rollout(params, *wide, keys)
+    same(found, policy_of().rollout(params, prompts, mask, keys))
+    assert found.prompts.shape == (4, 109)
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("recipe", ["none", "int8", "int8_head", "fp8"])
+def test_the_copy_of_a_cpu_computes_what_the_stacked_one_does(name, recipe):
+    """Blocks apart and kernels fused, against the layout of other platforms."""
+    policy = policy_of(name)
+    params = params_of(policy)
+    apart, stacked = (sampling_copy(policy.model, params, recipe, p) for p in ("cpu", "tpu"))
+    leaves = jax.tree.leaves(apart["layers"], is_leaf=lambda x: isinstance(x, Unstacked))
+    assert all(isinstance(x, Unstacked) for x in leaves)
+    ids = jax.random.randint(jax.random.key(5), (3, 12), 2, 20)
+    a, b = (policy.model.logits(copy, ids) for copy in (apart, stacked))
+    # A last-bit difference may move an activation to the neighbouring code.
+    np.testing.assert_allclose(a, b, atol=1e-4 if recipe == "none" else 0.3, rtol=1e-4)
+    assert np.quantile(np.abs(a - b), 0.5) < 1e-4
+    if recipe == "none":
+        same(policy.rollout(apart, *batch()), policy.rollout(stacked, *batch()))
+
+
+@pytest.mark.parametrize(("data", "fsdp", "tensor"), [(8, 1, 1), (2, 2, 2)])
+def test_a_mesh_shares_the_rows_and_the_heads(data, fsdp, tensor):
+    mesh = mesh_lib.make_mesh(mesh_lib.MeshConfig(data, fsdp, tensor))
+    policy = policy_of(**BUSY["all"] | {"slots": 8})
+    params = params_of(policy)
+    shardings = mesh_lib.param_shardings(
+        policy.model.param_axes(), params, mesh, mesh_lib.ROLLOUT_RULES
+    )
+    sharded = jax.device_put(params, shardings)
+    found = policy.rollout(sharded, *batch(), mesh)
+    alone = policy.rollout(params, *batch())
+    # Sums of another order may let a near tie fall the other way.
+    equal = (found.tokens == alone.tokens).all(axis=1)
+    assert equal.mean() > 0.8
+    np.testing.assert_allclose(found.logps[equal], alone.logps[equal], rtol=1e-5, atol=1e-5)
+    forced = jax.jit(policy.score)(sharded, jax.device_put(alone, mesh_lib.batch_sharding(mesh)))[0]
+    expected = jax.jit(policy.score)(params, alone)[0]
+    np.testing.assert_allclose(forced, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("name", "kv_format"), [("qwen3", "int8_kv"), ("qwen3", "fp8_kv"), ("qwen3_5", "int8_kv")])  # fmt: skip
+def test_quantized_keys_and_values_are_close_and_are_used(name, kv_format):
+    """Teacher forcing through the cache, against a NumPy copy of what the cache should hold."""
+    policy = policy_of(name, kv_cache=kv_format)
+    params = params_of(policy)
+    found = policy.rollout(params, *batch())
+    plain = jax.jit(policy.score)(params, found)[0]
+    error = np.abs(found.logps - plain)[found.mask]
+    assert 1e-4 < error.mean() < 0.2
+    for chunk, engine in ((3, {}), (512, BUSY["all"])):
+        again = policy_of(name, kv_cache=kv_format, **{"prefill_chunk": chunk} | engine)
+        same(again.rollout(params, *batch()), found)
+
+
+@pytest.mark.parametrize("kv_format", ["int8_kv", "fp8_kv"])
+def test_cached_numbers_have_one_scale_a_token_and_head(kv_format):
+    k, v = jax.random.normal(jax.random.key(0), (2, 3, 5, 2, 8)) * jnp.arange(1, 6)[:, None, None]
+    held = cache_lib.entries(k, v, like=cache_lib.empty((3, 2, 9, 8), "float32", kv_format))
+    for codes, x in zip(held, (k, v), strict=True):
+        x = np.asarray(x, np.float64).swapaxes(1, 2)
+        scale = np.abs(x).max(axis=-1, keepdims=True) / {"int8_kv": 127, "fp8_kv": 448}[kv_format]
+        np.testing.assert_allclose(codes.scale, scale, rtol=1e-6)
+        error = np.abs(np.asarray(codes.values, np.float64) * scale - x)
+        assert (error <= scale * {"int8_kv": 0.51, "fp8_kv": 16.1}[kv_format]).all()
+        assert error.max() > 0
+
+
+def test_decoding_holds_its_cache_once():
+    """Ahead of time: temporaries of the loop are far below the cache that it carries."""
+    config = dataclasses.replace(QWEN3, num_hidden_layers=6)
+    policy = Policy(build(config, "float32"), dataclasses.replace(SAMPLING, max_new_tokens=2000))
+    setting = decoding.Setting(policy.model, policy.sampling, None)
+    for platform in ("cpu", "tpu"):
+        params = jax.eval_shape(
+            lambda k, p=platform: sampling_copy(policy.model, policy.model.init(k), "none", p),
+            jax.random.key(0),
+        )
+        state = jax.eval_shape(
+            lambda *args: decoding.begin(*args, setting=setting, columns=2048, repeats=1),
+            params, *batch(), np.ones(16, bool),
+        )  # fmt: skip
+        decode = decoding.program(decoding.decode, "cpu")
+        compiled = decode.lower(params, state, np.int32(0), setting=setting).compile()
+        held = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state.cache))
+        assert compiled.memory_analysis().temp_size_in_bytes < 0.5 * held
