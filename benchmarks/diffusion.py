@@ -245,21 +245,26 @@ def matmul_ceilings(job: Job, rows: int, repeats: int) -> dict[str, float]:
     """Operations a second of the bare products, weighted as in the model, by format."""
     count = rows * (job.prompt + job.length)
     shapes = linear_shapes(job.config)
-    product = jax.jit(jnp.matmul, static_argnames="preferred_element_type")
+    product = jax.jit(_product, static_argnums=(2, 3))
     exact = jnp.int32 if job.recipe.startswith("int") else jnp.float32
     variants: dict[tuple, Callable] = {}
     for inner, outer in set(shapes):
         x = jax.random.normal(jax.random.key(3), (count, inner), jnp.bfloat16)
         w = jax.random.normal(jax.random.key(4), (inner, outer), jnp.bfloat16)
-        copy = quant.prepare(quant.quantize({"q_proj": w}, job.recipe))["q_proj"].values
-        codes = jnp.clip(jnp.round(x * 32), -127, 127).astype(copy.dtype)
-        plain = functools.partial(product, x, w, preferred_element_type=jnp.float32)
-        coded = functools.partial(product, codes, copy, preferred_element_type=exact)
+        copy = quant.prepare(quant.quantize({"q_proj": w}, job.recipe))["q_proj"]
+        codes = jnp.clip(jnp.round(x * 32), -127, 127).astype(copy.values.dtype)
+        plain = functools.partial(product, x, w, False, jnp.float32)
+        coded = functools.partial(product, codes, copy.values, copy.transposed, exact)
         variants |= {("bfloat16", inner, outer): plain, (job.recipe, inner, outer): coded}
     seconds, _ = interleave(variants, repeats)
     work = 2 * count * sum(a * b for a, b in shapes)
     times = {n: sum(np.median(seconds[(n, *s)]) for s in shapes) for n in ("bfloat16", job.recipe)}
     return {name: work / time for name, time in times.items()}
+
+
+def _product(x: jax.Array, w: jax.Array, transposed: bool, exact) -> jax.Array:
+    contract = (((1,), (1 if transposed else 0,)), ((), ()))
+    return jax.lax.dot_general(x, w, contract, preferred_element_type=exact)
 
 
 PARTS = {

@@ -91,7 +91,7 @@ def run_blocks(
         news.append(new)
     if cache is None:
         return x, None
-    return x, jax.tree.map(lambda *parts: Unstacked(parts), *news, is_leaf=is_unstacked)
+    return x, jax.tree.map(lambda _, *parts: Unstacked(parts), cache, *news, is_leaf=is_unstacked)
 
 
 def _with_params(block: nnx.Module, call: Callable, remat: bool) -> tuple[Callable, Any]:

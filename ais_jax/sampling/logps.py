@@ -336,7 +336,7 @@ def _backward(slices: _Slices, saved, cotangents):
             return scores, rest
 
         scores, pullback, (place, there) = jax.vjp(scores_of, h, trained, has_aux=True)
-        logps = scores - (peak + log_total)[..., None]
+        logps = scores - peak[..., None] - log_total[..., None]
         slope = (of_logp + of_entropy * entropy)[..., None] + of_entropy[..., None] * logps
         is_token = (jnp.arange(slices.size) == place[..., None]) & there[..., None]
         grad = jnp.where(is_token, of_logp[..., None], 0.0) - jnp.exp(logps) * slope
