@@ -134,9 +134,9 @@ def _compile_times() -> Iterator[list[float]]:
     """A list to which the seconds of each compilation are added."""
     seconds: list[float] = []
 
-    def listen(event: str, duration: float, **_) -> None:
+    def listen(event: str, duration_secs: float, **_) -> None:
         if event.startswith("/jax/core/compile/") and "trace" not in event:
-            seconds.append(duration)
+            seconds.append(duration_secs)
 
     jax.monitoring.register_event_duration_secs_listener(listen)
     try:

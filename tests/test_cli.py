@@ -5,10 +5,13 @@ import pathlib
 import subprocess
 import sys
 
+import jax
 import pytest
 
 from ais_jax import settings
 from ais_jax.config import Config
+from ais_jax.models import LladaConfig, Qwen3Config, build, save_pretrained
+from ais_jax.models.tokenizers import CharTokenizer, save_char_tokenizer
 
 CONFIG = pathlib.Path(__file__).parents[1] / "configs" / "countdown_tiny.yaml"
 
@@ -68,3 +71,74 @@ def test_importing_tasks_does_not_import_jax():
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.stdout.strip() == "False", result.stderr
+
+
+ALPHABET = "0123456789+-*="
+QWEN = Qwen3Config(
+    vocab_size=20,
+    hidden_size=16,
+    intermediate_size=32,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    num_key_value_heads=1,
+    head_dim=8,
+)
+LLADA = LladaConfig(
+    vocab_size=20,
+    d_model=16,
+    mlp_hidden_size=32,
+    n_layers=2,
+    n_heads=2,
+    n_kv_heads=2,
+    mask_token_id=19,
+)
+
+
+def saved(config, folder):
+    model = build(config, "float32")
+    params = jax.tree.map(lambda x: 3 * x, model.init(jax.random.key(0)))
+    save_pretrained(model, params, folder)
+    save_char_tokenizer(CharTokenizer(ALPHABET), folder)
+    return folder
+
+
+def generated(folder, *options):
+    result = run("generate", folder, "12+3=", "--max-new-tokens", 8, *options)
+    assert result.returncode == 0, result.stderr
+    return result
+
+
+def test_what_is_kept_of_the_law_is_drawn_from(tmp_path):
+    """One token kept is the most probable one, at any temperature; all of them are not."""
+    folder = saved(QWEN, tmp_path)
+    greedy = generated(folder).stdout
+    hot = ("--temperature", 50, "--samples", 4)
+    assert generated(folder, *hot).stdout != 4 * greedy
+    for keep in (("--top-k", 1), ("--top-p", 1e-6), ("--min-p", 1)):
+        assert generated(folder, *hot, *keep).stdout == 4 * greedy
+
+
+def test_the_recipe_is_chosen_and_said(tmp_path):
+    result = generated(saved(QWEN, tmp_path), "--recipe", "auto")
+    assert result.stderr.startswith("recipe int8_head: CPUs ")
+
+
+@pytest.mark.parametrize(
+    ("config", "options", "words"),
+    [
+        (QWEN, ["--temperature", 1, "--top-k", -1], ["top_k=-1"]),
+        (QWEN, ["--temperature", 1, "--top-p", 0], ["top_p=0.0"]),
+        (QWEN, ["--temperature", 1, "--top-p", "nan"], ["top_p=nan"]),
+        (QWEN, ["--temperature", 1, "--min-p", 1.5], ["min_p=1.5"]),
+        (QWEN, ["--top-p", 0.9], ["top_p=0.9", "temperature 0"]),
+        (LLADA, ["--temperature", 1, "--top-k", 5], ["top_k", "autoregressive"]),
+    ],
+)
+def test_truncations_that_mean_nothing_are_refused(tmp_path, config, options, words):
+    result = run("generate", saved(config, tmp_path), "12+3=", *options)
+    assert result.returncode == 2
+    lines = result.stderr.strip().splitlines()
+    assert len(lines) == 1, result.stderr
+    assert lines[0].startswith("ais-jax: error: ")
+    for word in words:
+        assert word in lines[0]

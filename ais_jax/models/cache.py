@@ -94,7 +94,7 @@ def resize(axes: Any, cache: Any, positions: int) -> Any:
 
 
 def shift(axes: Any, cache: Any, by: jax.Array) -> Any:
-    """The cache with position `by` moved to 0, all others after it; the first ones go to the end."""
+    """The cache with position `by` moved to 0, the others after it; the first go to the end."""
 
     def one(names, x):
         return jnp.roll(x, -by, names.index("positions")) if "positions" in names else x

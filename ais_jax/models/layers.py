@@ -222,7 +222,7 @@ def fuse(blocks: dict[str, Any]) -> dict[str, Any]:
     The first of them holds all columns and the others, to keep the tree's structure, none. Fewer
     and wider products are faster where each is small.
     """
-    fused = {k: fuse(v) if isinstance(v, dict) else v for k, v in blocks.items()}
+    fused: dict[str, Any] = {k: fuse(v) if isinstance(v, dict) else v for k, v in blocks.items()}
     for names in _SHARED_INPUT:
         if all(name in fused for name in names):
             whole = join([fused[name] for name in names])

@@ -20,7 +20,6 @@ from ais_jax.linear import linear
 from ais_jax.models import cache as cache_lib
 from ais_jax.models import deltanet, hf_config, layers
 from ais_jax.models.blocks import call_block, run_blocks
-from ais_jax.models.cache import KVCache
 from ais_jax.models.naming import Tensor, block_tensors
 from ais_jax.settings import at_least, positive, setting
 
@@ -115,9 +114,9 @@ class Qwen3_5Config:
 class HybridCache(NamedTuple):
     """What is kept of the tokens before: G groups, I blocks in each, B rows."""
 
-    conv: jax.Array  # [G, I - 1, B, width - 1, channels], the last real inputs
-    state: jax.Array  # [G, I - 1, B, value heads, key size, value size] float32
-    attention: KVCache  # [G, B, key heads, S, h]
+    conv: Any  # [G, I - 1, B, width - 1, channels], the last real inputs
+    state: Any  # [G, I - 1, B, value heads, key size, value size] float32
+    attention: Any  # KVCache, [G, B, key heads, S, h]
 
 
 _BLOCKS = ("layers", "layers", "rows")

@@ -79,7 +79,7 @@ def rollout(
     columns = job.width + min(config.segment, config.max_new_tokens)
     state = _begin(job, requests, columns)
     while True:
-        remaining = int(config.max_new_tokens - np.asarray(state.count)[requests >= 0].min())
+        remaining = int(config.max_new_tokens - np.asarray(state.length)[requests >= 0].min())
         if waiting < job.total:
             least = len(requests) - _group(job, len(requests))
         else:

@@ -33,7 +33,7 @@ class Decoding(NamedTuple):
     column: jax.Array  # [] int32, that of the newest tokens; their keys are not in the cache yet
     start: jax.Array  # [R] int32, column of the prompt's first token
     first: jax.Array  # [R] int32, column of the completion's first token
-    count: jax.Array  # [R] int32, sampled tokens
+    length: jax.Array  # [R] int32, sampled tokens
     done: jax.Array  # [R] bool
     ended: jax.Array  # [R] bool, by an end token
     tokens: jax.Array  # [R, S] int32
@@ -93,14 +93,14 @@ def _record(setting: Setting, state: Decoding, tokens: jax.Array, logps: jax.Arr
     live = ~state.done
     tokens = jnp.where(live, tokens.astype(jnp.int32), config.pad_id)
     ended = live & jnp.any(tokens[:, None] == jnp.array(config.eos_ids, jnp.int32), axis=1)
-    count = state.count + live
+    length = state.length + live
     put = functools.partial(
         jax.lax.dynamic_update_slice_in_dim, start_index=state.column + 1, axis=1
     )
     return state._replace(
         column=state.column + 1,
-        count=count,
-        done=state.done | ended | (count >= config.max_new_tokens),
+        length=length,
+        done=state.done | ended | (length >= config.max_new_tokens),
         ended=state.ended | ended,
         tokens=put(state.tokens, tokens[:, None]),
         logps=put(state.logps, jnp.where(live, logps, 0.0)[:, None]),
@@ -157,7 +157,7 @@ def begin(
         column=jnp.int32(width - 1),
         start=width - lengths,
         first=jnp.full(rows, width, jnp.int32),
-        count=jnp.zeros(rows, jnp.int32),
+        length=jnp.zeros(rows, jnp.int32),
         done=~live,
         ended=jnp.zeros(rows, bool),
         tokens=jnp.full((rows, columns), config.pad_id, jnp.int32),
@@ -166,7 +166,7 @@ def begin(
         cache=cache,
     )
     hidden = jnp.repeat(hidden, repeats, axis=0)
-    drawn = _draw(setting, params, hidden, keys, state.count)
+    drawn = _draw(setting, params, hidden, keys, state.length)
     return _placed(setting, _record(setting, state, *drawn))
 
 
@@ -211,7 +211,7 @@ def decode(params: Params, state: Decoding, least: jax.Array, *, setting: Settin
         positions = jnp.maximum(state.column - state.start, 0)[:, None]
         key_mask = jnp.arange(columns) >= state.start[:, None]
         hidden, cache = model.hidden(params, newest, positions, key_mask, state.cache, state.column)
-        drawn = _draw(setting, params, hidden[:, -1], state.keys, state.count)
+        drawn = _draw(setting, params, hidden[:, -1], state.keys, state.length)
         return _record(setting, state._replace(cache=cache), *drawn)
 
     return _placed(setting, jax.lax.while_loop(go_on, step, state))
@@ -288,7 +288,7 @@ def completions(state: Decoding, *, setting: Setting) -> tuple[jax.Array, ...]:
     """(tokens, log-probs, mask) [R, T] and ended [R] of what was sampled, on every device."""
     config = setting.config
     place = jnp.arange(config.max_new_tokens)
-    mask = place < state.count[:, None]
+    mask = place < state.length[:, None]
     columns = jnp.clip(state.first[:, None] + place, 0, state.tokens.shape[1] - 1)
     tokens = jnp.where(mask, jnp.take_along_axis(state.tokens, columns, axis=1), config.pad_id)
     logps = jnp.where(mask, jnp.take_along_axis(state.logps, columns, axis=1), 0.0)

@@ -137,12 +137,22 @@ def hidden_states(
     return jnp.concatenate(jnp.split(hidden, 2), axis=-1), cache
 
 
-def logits(model: Model, params: Params, hidden: jax.Array, config: SamplingConfig) -> jax.Array:
-    """Logits [..., V] float32 of `hidden_states`, guided away from those without the prompt."""
+def logits(
+    model: Model,
+    params: Params,
+    hidden: jax.Array,
+    config: SamplingConfig,
+    start: jax.Array | int | None = None,
+    size: int | None = None,
+) -> jax.Array:
+    """Logits [..., V] float32 of `hidden_states`, guided away from those without the prompt.
+
+    With `start` and `size` those of `size` ids from `start` on.
+    """
     scale = config.settings.cfg_scale
     if not scale:
-        return model.unembed(params, hidden)
-    given, free = (model.unembed(params, h) for h in jnp.split(hidden, 2, axis=-1))
+        return model.unembed(params, hidden, start, size)
+    given, free = (model.unembed(params, h, start, size) for h in jnp.split(hidden, 2, axis=-1))
     return free + (scale + 1) * (given - free)
 
 

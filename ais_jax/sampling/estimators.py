@@ -11,8 +11,6 @@ canvas.
 
 from __future__ import annotations
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -204,7 +202,10 @@ def score(
 def _score_positions(model, params, hidden, tokens, canvas: Plan, config: SamplingConfig):
     """(log-probs, entropy) [B, S] at one canvas, of hidden states [B, S, D]."""
     allowed = config.allowed_ids(model.config.vocab_size)
-    unembed = functools.partial(diffusion.logits, model, params, config=config)
+
+    def unembed(hidden, start=None, size=None):
+        return diffusion.logits(model, params, hidden, config, start, size)
+
     temperature = config.temperature or 1
     tokens = jnp.take_along_axis(tokens, canvas.positions, axis=1)
     logps, entropy = lp.token_logps(

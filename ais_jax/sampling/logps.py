@@ -235,7 +235,7 @@ def token_logps(
     if whole:
         found = jax.lax.map(one, split)
     else:
-        found = _sliced(unembed, *split, temperature, allowed, vocab_chunk)
+        found = _sliced(unembed, split[0], split[1], temperature, allowed, vocab_chunk)
     logps, entropy = (x.swapaxes(0, 1).reshape(rows, -1)[:, :length] for x in found)
     return logps, entropy
 
@@ -335,6 +335,7 @@ def _backward(slices: _Slices, saved, cotangents):
             scores, *rest = slices.scores(h, t, weights, allowed, first)
             return scores, rest
 
+        pullback: Any  # jax's annotation says a plain function
         scores, pullback, (place, there) = jax.vjp(scores_of, h, trained, has_aux=True)
         logps = scores - peak[..., None] - log_total[..., None]
         slope = (of_logp + of_entropy * entropy)[..., None] + of_entropy[..., None] * logps

@@ -14,7 +14,7 @@ from ais_jax.models import cache as cache_lib
 from ais_jax.models.blocks import Unstacked
 from ais_jax.sampling import Policy, SamplingConfig, autoregressive, decoding, sampling_copy
 
-EOS, PAD, VOCAB, WIDTH, LENGTH = 1, 0, 24, 9, 24
+EOS, PAD, VOCAB, WIDTH, LENGTH = 1, 0, 24, 9, 16
 QWEN3 = Qwen3Config(
     vocab_size=VOCAB,
     hidden_size=32,
@@ -47,10 +47,10 @@ SAMPLING = SamplingConfig(
 )
 # Everything happens: the cache grows and is shifted, rows are compacted and refilled.
 BUSY = {
-    "segments": {"segment": 9},
+    "segments": {"segment": 6},
     "compaction": {"compact_steps": 1},
-    "refill": {"slots": 5, "segment": 12},
-    "all": {"slots": 6, "segment": 10, "prefill_chunk": 4, "compact_steps": 1},
+    "refill": {"slots": 4, "segment": 8},
+    "all": {"slots": 4, "segment": 8, "prefill_chunk": 4, "compact_steps": 1},
 }
 MODELS = {"qwen3": QWEN3, "qwen3_5": HYBRID}
 
@@ -68,7 +68,7 @@ def params_of(policy):
     return params | {"layers": larger, "lm_head": 6 * params["lm_head"]}
 
 
-def batch(rows=16, width=WIDTH):
+def batch(rows=8, width=WIDTH):
     rng = np.random.default_rng(0)
     lengths = rng.integers(1, width + 1, rows)
     mask = np.arange(width)[None] >= width - lengths[:, None]
@@ -107,7 +107,7 @@ def test_no_arrangement_of_rows_changes_what_they_sample(name, engine, monkeypat
     plain = whole.rollout(params, *batch())
     assert not seen
     lengths = plain.mask.sum(axis=1)
-    assert lengths.min() < 8 and lengths.max() == LENGTH  # early ends, and one to the last
+    assert lengths.min() < 6 and lengths.max() == LENGTH  # early ends, and one to the last
     busy = policy_of(name, **BUSY[engine]).rollout(params, *batch())
     expected = {
         "segments": {"grow"}, "compaction": {"take"}, "refill": {"grow", "refill"},
@@ -120,11 +120,11 @@ def test_no_arrangement_of_rows_changes_what_they_sample(name, engine, monkeypat
 def test_columns_left_behind_are_used_again(monkeypatch):
     """With many short completions after one another the columns would run out."""
     params = params_of(policy_of())
-    prompts, mask, keys = batch(rows=64)
+    prompts, mask, keys = batch(rows=32)
     plain = policy_of().rollout(params, prompts, mask, keys)
     seen = log(monkeypatch)
     busy = policy_of(slots=4, segment=8).rollout(params, prompts, mask, keys)
-    assert seen.count("shift") > 3
+    assert seen.count("shift") > 1
     same(busy, plain)
 
 
@@ -194,14 +194,14 @@ def test_the_copy_of_a_cpu_computes_what_the_stacked_one_does(name, recipe):
 @pytest.mark.parametrize(("data", "fsdp", "tensor"), [(8, 1, 1), (2, 2, 2)])
 def test_a_mesh_shares_the_rows_and_the_heads(data, fsdp, tensor):
     mesh = mesh_lib.make_mesh(mesh_lib.MeshConfig(data, fsdp, tensor))
-    policy = policy_of(**BUSY["all"] | {"slots": 8})
+    policy = policy_of(slots=8, segment=8)
     params = params_of(policy)
     shardings = mesh_lib.param_shardings(
         policy.model.param_axes(), params, mesh, mesh_lib.ROLLOUT_RULES
     )
     sharded = jax.device_put(params, shardings)
-    found = policy.rollout(sharded, *batch(), mesh)
-    alone = policy.rollout(params, *batch())
+    found = policy.rollout(sharded, *batch(rows=16), mesh)
+    alone = policy.rollout(params, *batch(rows=16))
     # Sums of another order may let a near tie fall the other way.
     equal = (found.tokens == alone.tokens).all(axis=1)
     assert equal.mean() > 0.8
@@ -222,7 +222,7 @@ def test_quantized_keys_and_values_are_close_and_are_used(name, kv_format):
     plain = jax.jit(policy.score)(params, found)[0]
     error = np.abs(found.logps - plain)[found.mask]
     assert 1e-5 < error.mean() < 0.2
-    again = policy_of(name, kv_cache=kv_format, **BUSY["all"])
+    again = policy_of(name, kv_cache=kv_format, slots=4, prefill_chunk=4)
     same(again.rollout(params, *batch()), found)
     apart = policy.model.unstack(params)
     same(policy.rollout(apart, *batch()), found)
@@ -256,7 +256,7 @@ def test_decoding_holds_its_cache_once(platform, dtype):
         jax.random.key(0),
     )
     begin = functools.partial(decoding.begin, setting=setting, columns=2048, repeats=1)
-    state = jax.eval_shape(begin, params, *batch(), np.ones(16, bool))
+    state = jax.eval_shape(begin, params, *batch(), np.ones(8, bool))
     decode = decoding.program(decoding.decode, "cpu")
     compiled = decode.lower(params, state, np.int32(0), setting=setting).compile()
     held = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state.cache))

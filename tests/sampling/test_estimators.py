@@ -219,6 +219,22 @@ def test_gradients_do_not_depend_on_the_chunks_that_logits_come_in():
         np.testing.assert_allclose(chunked, whole, rtol=1e-4, atol=1e-5 * np.abs(whole).max())
 
 
+@pytest.mark.parametrize("cfg_scale", [0.0, 1.5])
+def test_a_vocabulary_in_slices_gives_the_scores_of_a_whole_one(cfg_scale, monkeypatch):
+    """Also guided: the slices of two output layers are combined."""
+    settings = dataclasses.replace(SAMPLING.settings, estimator="one_step", cfg_scale=cfg_scale)
+    policy = Policy(MODEL, dataclasses.replace(SAMPLING, diffusion=settings))
+    sampled = rollout_of(STATIC)
+    keys = jax.random.split(jax.random.key(3), len(sampled.tokens))
+    rollout = policy.plan(sampled, keys)
+    whole = policy.score(params_of(), rollout)
+    few = functools.partial(estimators.lp.token_logps, vocab_chunk=MODEL.config.vocab_size // 2)
+    monkeypatch.setattr(estimators.lp, "token_logps", few)
+    sliced = policy.score(params_of(), rollout)
+    for a, b in zip(sliced, whole, strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-5)
+
+
 T = 4  # of the tests of the bound
 
 
