@@ -43,7 +43,7 @@ HYBRID = Qwen3_5Config(
     tie_word_embeddings=False,
 )
 SAMPLING = SamplingConfig(
-    max_new_tokens=LENGTH, temperature=1.0, pad_id=PAD, eos_ids=(EOS,), token_count=20
+    max_new_tokens=LENGTH, temperature=1.0, pad_id=PAD, eos_ids=(EOS, 2), token_count=20
 )
 # Everything happens: the cache grows and is shifted, rows are compacted and refilled.
 BUSY = {
