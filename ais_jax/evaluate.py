@@ -38,7 +38,8 @@ def build_evaluator(
     """
     sampling = policy.sampling.resized(max_new_tokens)
     if sampling.diffusion is None:
-        sampling = dataclasses.replace(sampling, slots=batch_size)
+        # What is evaluated is the policy, not the approximations that make its rollouts fast.
+        sampling = dataclasses.replace(sampling, slots=batch_size, kv_cache="none")
     policies = {
         prefix: dataclasses.replace(
             policy, sampling=dataclasses.replace(sampling, temperature=temperature)
@@ -46,8 +47,7 @@ def build_evaluator(
         for prefix, temperature in (("", 0.0), ("sampled_", sampling.temperature))
     }
 
-    def complete(at: Policy, params: Params, examples: list[dict], key) -> list[str]:
-        fitting = prompter.fitting(examples)
+    def complete(at: Policy, params: Params, examples: list[dict], fitting, key) -> list[str]:
         # An autoregressive sampler shares out its slots itself.
         size = batch_size if at.sampling.diffusion else len(examples)
         texts: list[str] = []
@@ -65,8 +65,10 @@ def build_evaluator(
     def evaluate(params: Params, examples: list[dict]) -> dict[str, float]:
         if platform == "cpu":  # elsewhere memory is dearer than the time it would save
             params = lay_out(params)
-        key = jax.random.key(seed)
-        found = {prefix: complete(at, params, examples, key) for prefix, at in policies.items()}
+        fitting, key = prompter.fitting(examples), jax.random.key(seed)
+        found = {
+            prefix: complete(at, params, examples, fitting, key) for prefix, at in policies.items()
+        }
         return {
             prefix + name: float(np.mean(measure(texts, examples)))
             for prefix, texts in found.items()
