@@ -85,7 +85,7 @@ def param_shardings(axes, shapes, mesh: Mesh, rules: Rules):
         replicated. What counts is the size of the axis, heads times head size for a projection.
     """
 
-    def one(names, leaf):  # all arrays of a leaf have its axes: values and scale of a QuantArray
+    def one(names, leaf):  # a QuantArray that is not transposed: values and scale have its axes
         return jax.tree.map(lambda x: sharding_of(names, x.shape, mesh, rules), leaf)
 
     return jax.tree.map(one, axes, shapes, is_leaf=is_axes)

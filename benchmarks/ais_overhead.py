@@ -40,7 +40,8 @@ def prepare(path: str):
         seconds.append(time.perf_counter() - began)
     # Rewards of an untrained policy are all 0; advantages must differ to cost what they cost.
     rewards = np.random.default_rng(0).integers(0, 2, len(sampled.rewards)).astype(np.float32)
-    batch, _ = loop.build_batch(run, state, _with_rewards(sampled, rewards), None)
+    sampled = _with_rewards(sampled, rewards)
+    batch, _ = loop.build_batch(run, state, copy, sampled, None, jax.random.key(0))
     return run, state, batch, float(np.median(seconds[1:]))
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from common import spread, table
 from contestants import Entry, Turns, take_turns
 from rollout_options import Options, bar, memory
-from rollout_recipes import Measured, lengths, measured
+from rollout_recipes import Measured, columns, lengths, measured
 from rollout_shapes import CONFIGS, export, random_prompts
 
 SAMPLERS = {
@@ -70,7 +70,7 @@ def samplers(options: Options) -> list[str]:
         ours = measured(options, turns, OURS, rows)
         for name in entries:
             one = measured(options, turns, name, rows)
-            lines.append((rows, _label(turns, name), *_columns(ours, one)))
+            lines.append((rows, _label(turns, name), *columns(one, slower=one, faster=ours)))
             asked = (options.platform, options.dtype, rows) == ("cpu", "bfloat16", 8)
             if name in SAMPLERS and asked and options.model in ("71m", "0.6b"):
                 text = f"ours against {name}, {rows} rows, {options.dtype}"
@@ -91,16 +91,6 @@ def _times(ours: Measured | str, one: Measured | str) -> float | None:
     if isinstance(ours, str) or isinstance(one, str):
         return None
     return float(np.median(one.whole / ours.whole))
-
-
-def _columns(ours: Measured | str, one: Measured | str) -> tuple:
-    if isinstance(one, str):
-        return (one, *[""] * 5)
-    times = ("", "")
-    if not isinstance(ours, str):
-        times = (spread(one.whole / ours.whole, 2), spread(one.decode / ours.decode, 2))
-    rates = (f"{one.rate:,.1f}", times[0], f"{one.decode_rate:,.1f}", times[1])
-    return (spread(one.whole, 2), *rates, f"{one.peak:,.0f}")
 
 
 def steps(options: Options) -> list[str]:

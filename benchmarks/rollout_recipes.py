@@ -85,7 +85,8 @@ def speeds(options: Options) -> list[str]:
     for rows in options.rows:
         base = measured(options, turns, options.recipes[0], rows)
         for recipe in options.recipes:
-            lines.append((rows, recipe, *_columns(measured(options, turns, recipe, rows), base)))
+            one = measured(options, turns, recipe, rows)
+            lines.append((rows, recipe, *columns(one, slower=base, faster=one)))
     head = (
         *("rows", "recipe", "s a rollout", "tokens/s", f"times {options.recipes[0]}"),
         *("decode tokens/s", f"times {options.recipes[0]}", "peak MiB"),
@@ -97,12 +98,16 @@ def speeds(options: Options) -> list[str]:
     ]
 
 
-def _columns(one: Measured | str, base: Measured | str) -> tuple:
+def columns(one: Measured | str, slower: Measured | str, faster: Measured | str) -> tuple:
+    """Rates of `one`, and the seconds of `slower` by those of `faster`; one of these is `one`."""
     if isinstance(one, str):
         return (one, *[""] * 5)
     times = ("", "")
-    if not isinstance(base, str):
-        times = (spread(base.whole / one.whole, 2), spread(base.decode / one.decode, 2))
+    if not isinstance(slower, str) and not isinstance(faster, str):
+        times = (
+            spread(slower.whole / faster.whole, 2),
+            spread(slower.decode / faster.decode, 2),
+        )
     rates = (f"{one.rate:,.1f}", times[0], f"{one.decode_rate:,.1f}", times[1])
     return (spread(one.whole, 2), *rates, f"{one.peak:,.0f}")
 

@@ -22,7 +22,7 @@ Params = dict[str, Any]
 ModelConfig = qwen3.Qwen3Config | qwen3_5.Qwen3_5Config | llada.LladaConfig
 
 # One module an architecture, each with
-#   Network        the nnx module: hidden and unembed
+#   Network        the nnx module: hidden
 #   empty_cache    what is kept of the tokens before
 #   CACHE_AXES     names of its axes
 #   MODEL_TYPES    the model_type of the published configs it reads
