@@ -15,6 +15,7 @@ of jax) and give XLA's description of it, a GpuTargetConfigProto as text:
 from __future__ import annotations
 
 import argparse
+import functools
 import pathlib
 import time
 
@@ -25,7 +26,7 @@ from ais_jax import config as config_lib
 from ais_jax import mesh as mesh_lib
 from ais_jax import settings
 from ais_jax.quantize import bytes_of
-from ais_jax.sampling import Rollout
+from ais_jax.sampling import Rollout, decoding, fill_in
 from ais_jax.train.setup import build_run
 from ais_jax.train.step import TrainBatch
 
@@ -109,12 +110,35 @@ def batch_of(run, config) -> TrainBatch:
     return TrainBatch(rollout, mask, array(jnp.float32), floats, None)
 
 
-def compiled(name: str, function, *shapes):
+def compiled(name: str, function, *shapes, **static):
     """Compiles and says how long it took."""
     began = time.perf_counter()
-    program = function.lower(*shapes).compile()
+    program = function.lower(*shapes, **static).compile()
     print(f"compiled {name}: {time.perf_counter() - began:.0f} s", flush=True)
     return program
+
+
+def sampler(run, copy, batch: TrainBatch, args) -> dict:
+    """The programs that sample: of an autoregressive model reading prompts, and decoding."""
+    policy, mesh = run.policy, run.programs.mesh
+    rollout = batch.rollout
+    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), args.rollouts))
+    inputs = copy, rollout.prompts, rollout.prompt_mask, *on(mesh, (keys,))
+    if policy.sampling.diffusion is not None:
+        return {"rollout": compiled("rollout", fill_in, policy, *inputs, mesh)}
+    setting = decoding.Setting(policy.model, policy.sampling, mesh)
+    live = jax.ShapeDtypeStruct((args.rollouts,), bool)
+    begin, decode = (
+        decoding.program(f, setting.platform) for f in (decoding.begin, decoding.decode)
+    )
+    static = {"setting": setting, "columns": args.length, "repeats": 1}
+    inputs = *inputs, on(mesh, live)
+    state = on(mesh, jax.eval_shape(functools.partial(decoding.begin, **static), *inputs))
+    least = on(mesh, jax.ShapeDtypeStruct((), jnp.int32))
+    return {
+        "prefill": compiled("prefill", begin, *inputs, **static),
+        "decoding": compiled("decoding", decode, copy, state, least, setting=setting),
+    }
 
 
 def main() -> None:
@@ -153,9 +177,7 @@ def main() -> None:
         "sum of these": 0,
     }
     rows["sum of these"] = sum(rows.values())
-    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), args.rollouts))
-    inputs = on(mesh, (copy, batch.rollout.prompts, batch.rollout.prompt_mask, keys))
-    programs["rollout"] = compiled("rollout", run.programs.rollout, *inputs)
+    programs |= sampler(run, on(mesh, copy), batch, args)
     if run.policy.sampling.diffusion is None:
         cache = jax.eval_shape(lambda: model.empty_cache(args.rollouts, args.length))
         rows[f"cache of {args.rollouts} rows"] = bytes_of(cache)

@@ -79,7 +79,8 @@ def sampling_copy(model: Model, params: Params, recipe: str, platform: str) -> P
 
 
 @functools.partial(jax.jit, static_argnames=("policy", "mesh"))
-def _fill_in(policy: Policy, params: Params, prompts, prompt_mask, keys, mesh: Mesh | None):
+def fill_in(policy: Policy, params: Params, prompts, prompt_mask, keys, mesh: Mesh | None):
+    """`diffusion.rollout` of rows that are spread over the mesh, compiled."""
     args = prompts, prompt_mask, keys
     if mesh is not None:
         args = jax.lax.with_sharding_constraint(args, mesh_lib.batch_sharding(mesh))
@@ -148,7 +149,7 @@ class Policy:
             )
         repeats = len(keys) // len(prompts)
         rows = (np.repeat(x, repeats, axis=0) for x in (prompts, prompt_mask))
-        return jax.device_get(_fill_in(self, params, *rows, keys, mesh))
+        return jax.device_get(fill_in(self, params, *rows, keys, mesh))
 
     def plan(self, rollout: Rollout, keys: jax.Array) -> Rollout:
         """The rollout, with the canvases at which a diffusion model scores it.
