@@ -47,7 +47,9 @@ def build_evaluator(
         for prefix, temperature in (("", 0.0), ("sampled_", sampling.temperature))
     }
 
-    def complete(at: Policy, params: Params, examples: list[dict], fitting, key) -> list[str]:
+    def complete(
+        at: Policy, params: Params, examples: list[dict], fitting: Prompter, key: jax.Array
+    ) -> list[str]:
         # An autoregressive sampler shares out its slots itself.
         size = batch_size if at.sampling.diffusion else len(examples)
         texts: list[str] = []

@@ -6,44 +6,27 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny_model
+from tiny_model import EOS, PAD, QWEN3, VOCAB, enlarged
 
 from ais_jax import mesh as mesh_lib
 from ais_jax import quantize
-from ais_jax.models import Qwen3Config, build
+from ais_jax.models import build
 from ais_jax.sampling import Policy, SamplingConfig
 
-EOS, PAD, VOCAB = 1, 0, 24
-CONFIG = Qwen3Config(
-    vocab_size=VOCAB,
-    hidden_size=32,
-    intermediate_size=64,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=16,
-    rope_theta=1e4,
-    tie_word_embeddings=False,
-)
 SAMPLING = SamplingConfig(
     max_new_tokens=9, temperature=0.9, pad_id=PAD, eos_ids=(EOS,), token_count=20
 )
-POLICY = Policy(build(CONFIG, "float32"), SAMPLING)
+POLICY = Policy(build(QWEN3, "float32"), SAMPLING)
 ROLLOUT, SCORE = POLICY.rollout, jax.jit(POLICY.score)
 
 
 def params_of(policy):
-    """Random parameters, larger than at the start of training: choices differ between prompts."""
-    params = policy.model.init(jax.random.key(0))
-    layers = jax.tree.map(lambda x: 6 * x if x.ndim == 3 else x, params["layers"])
-    return {**params, "layers": layers, "lm_head": 10 * params["lm_head"]}
+    return enlarged(policy.model.init(jax.random.key(0)), 6, 10)
 
 
-def batch(rows=16, width=6):
-    rng = np.random.default_rng(0)
-    lengths = rng.integers(1, width + 1, rows)
-    mask = np.arange(width)[None] >= width - lengths[:, None]
-    prompts = np.where(mask, rng.integers(2, 20, (rows, width)), PAD).astype(np.int32)
-    return prompts, mask, jax.random.split(jax.random.key(7), rows)
+def batch(rows=16):
+    return tiny_model.batch(rows, 6)
 
 
 @pytest.mark.smoke

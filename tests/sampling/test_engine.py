@@ -7,25 +7,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny_model
+from tiny_model import EOS, PAD, QWEN3, VOCAB, enlarged
 
 from ais_jax import mesh as mesh_lib
-from ais_jax.models import Qwen3_5Config, Qwen3Config, build
+from ais_jax.models import Qwen3_5Config, build
 from ais_jax.models import cache as cache_lib
 from ais_jax.models.blocks import Unstacked
 from ais_jax.sampling import Policy, SamplingConfig, autoregressive, decoding, sampling_copy
 
-EOS, PAD, VOCAB, WIDTH, LENGTH = 1, 0, 24, 9, 16
-QWEN3 = Qwen3Config(
-    vocab_size=VOCAB,
-    hidden_size=32,
-    intermediate_size=64,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=16,
-    rope_theta=1e4,
-    tie_word_embeddings=False,
-)
+WIDTH, LENGTH = 9, 16
 HYBRID = Qwen3_5Config(
     vocab_size=VOCAB,
     hidden_size=32,
@@ -60,20 +51,13 @@ def policy_of(name="qwen3", dtype="float32", **engine):
 
 
 def params_of(policy):
-    """Random parameters, larger than at the start of training: choices differ between prompts."""
-    params = policy.model.init(jax.random.key(0))
     # The delta rule doubles the differences of rounding where its inputs are large.
     factor = 6 if policy.model.config is QWEN3 else 2
-    larger = jax.tree.map(lambda x: factor * x if x.ndim >= 3 else x, params["layers"])
-    return params | {"layers": larger, "lm_head": 6 * params["lm_head"]}
+    return enlarged(policy.model.init(jax.random.key(0)), factor, 6)
 
 
-def batch(rows=8, width=WIDTH):
-    rng = np.random.default_rng(0)
-    lengths = rng.integers(1, width + 1, rows)
-    mask = np.arange(width)[None] >= width - lengths[:, None]
-    prompts = np.where(mask, rng.integers(2, 20, (rows, width)), PAD).astype(np.int32)
-    return prompts, mask, jax.random.split(jax.random.key(7), rows)
+def batch(rows=8):
+    return tiny_model.batch(rows, WIDTH)
 
 
 def same(a, b, rows=slice(None)):
