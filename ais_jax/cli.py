@@ -9,6 +9,7 @@ import sys
 import textwrap
 from collections.abc import Sequence
 
+from ais_jax import memory
 from ais_jax.errors import UserError
 
 
@@ -73,6 +74,7 @@ class _TrainHelp(argparse.Action):
 
 
 def _train(args) -> int:
+    memory.keep_freed()
     from ais_jax import config as config_lib
     from ais_jax.train.run import train
 
@@ -144,6 +146,7 @@ def _add_generate(commands) -> None:
 
 
 def _generate(args) -> int:
+    memory.keep_freed()
     import jax
 
     from ais_jax import generate, policies

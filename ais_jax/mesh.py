@@ -65,6 +65,17 @@ def make_mesh(config: MeshConfig, devices: list | None = None) -> Mesh:
     return jax.make_mesh(tuple(sizes), AXES, axis_types=kinds, devices=devices)
 
 
+def one_by_one(platform: str) -> dict[str, bool]:
+    """Compiler options for programs of large products, which use all cores of a CPU each.
+
+    Those that could run at the same time would share the cores and the caches: two at half the
+    speed take longer than one after the other, twice as long with two cores.
+    """
+    if platform != "cpu":
+        return {}
+    return {"xla_cpu_enable_concurrency_optimized_scheduler": False}
+
+
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Rows split over the batch axes."""
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))

@@ -247,7 +247,8 @@ def prepare(params: Any, platform: str | None = None) -> Any:
             jnp.bfloat16 if on_cpu and floating else multipliable(x.values.dtype)
         )
         if transposed != x.transposed:
-            values = jnp.swapaxes(values, -1, -2)
+            # Fused with what makes the numbers, a transposition would slow all of that down.
+            values = jnp.swapaxes(jax.lax.optimization_barrier(values), -1, -2)
         return dataclasses.replace(x, values=values, transposed=transposed)
 
     return jax.tree.map(one, params, is_leaf=_is_quantized)

@@ -9,7 +9,7 @@ import numpy as np
 from peers.worker import serve
 from rollout_shapes import CONFIGS, policy_of, random_params, work_of
 
-from ais_jax import AISConfig, ais, masked
+from ais_jax import AISConfig, ais, masked, memory
 from ais_jax.models import Model
 from ais_jax.sampling import Policy, Rollout, sampling_copy
 
@@ -76,4 +76,5 @@ def _device_peak() -> dict:
 
 
 if __name__ == "__main__":
+    memory.keep_freed()  # as the command line does
     serve(load)

@@ -19,7 +19,7 @@ from peers.worker import serve
 from rollout_shapes import CONFIGS, endless
 
 from ais_jax import config as config_lib
-from ais_jax import settings
+from ais_jax import memory, settings
 from ais_jax.train import data, loop, setup
 from ais_jax.train.optimizer import grpo_optimizer
 from ais_jax.train.programs import build_programs
@@ -103,4 +103,5 @@ def load(job: dict):
 
 
 if __name__ == "__main__":
+    memory.keep_freed()  # as the command line does
     serve(load)

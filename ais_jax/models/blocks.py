@@ -2,14 +2,16 @@
 
 A scan compiles one block whatever their number. Its products read slices of the stacked kernels:
 XLA:GPU copies each of them first, and XLA:CPU multiplies them badly (8 times slower for bfloat16 in
-jax 0.10). So the copy that samples there holds every block's arrays apart.
+jax 0.10). So the copy that samples there holds every block's arrays apart. What a backward pass
+needs of each block is stacked too, in memory that is filled with zeros before it is written: a
+CPU takes longer for that than for compiling every block.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from flax import nnx
@@ -27,6 +29,13 @@ class Unstacked:
     """
 
     items: tuple[Any, ...]
+
+
+class Schedule(NamedTuple):
+    """How blocks are run."""
+
+    remat: bool = False  # recompute each block in the backward pass
+    unroll: bool = False  # compile every block of stacked parameters, instead of a loop over one
 
 
 def is_unstacked(x: Any) -> bool:
@@ -58,15 +67,15 @@ def _split(leaf: Any, depth: int) -> Any:
 
 
 def call_block(
-    block: nnx.Module, call: Callable, x: jax.Array, cache: Any, remat: bool
+    block: nnx.Module, call: Callable, x: jax.Array, cache: Any, schedule: Schedule
 ) -> tuple[jax.Array, Any]:
-    """call(block, x, cache), recomputed in the backward pass if `remat`."""
-    run, params = _with_params(block, call, remat)
+    """call(block, x, cache), as it is scheduled."""
+    run, params = _with_params(block, call, schedule.remat)
     return run(x, (params, cache))
 
 
 def run_blocks(
-    blocks: nnx.Module, call: Callable, x: jax.Array, cache: Any, remat: bool
+    blocks: nnx.Module, call: Callable, x: jax.Array, cache: Any, schedule: Schedule
 ) -> tuple[jax.Array, Any]:
     """Applies blocks one after the other.
 
@@ -75,15 +84,15 @@ def run_blocks(
       call: (one block, x, its cache) -> (x, what is new of its cache).
       x: [B, T, D].
       cache: of all blocks, in the same form as the parameters, or None.
-      remat: recompute each block in the backward pass.
+      schedule: how they are run.
 
     Returns:
       (x, what is new of all caches, in the same form).
     """
-    run, params = _with_params(blocks, call, remat)
+    run, params = _with_params(blocks, call, schedule.remat)
     leaves = jax.tree.leaves(params, is_leaf=is_unstacked)
     if not is_unstacked(leaves[0]):
-        return jax.lax.scan(run, x, (params, cache))
+        return jax.lax.scan(run, x, (params, cache), unroll=schedule.unroll)
     news = []
     for i in range(len(leaves[0].items)):
         part = jax.tree.map(lambda u, i=i: u.items[i], (params, cache), is_leaf=is_unstacked)

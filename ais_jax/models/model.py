@@ -15,7 +15,7 @@ from flax.traverse_util import unflatten_dict
 from ais_jax.linear import columns, wide_linear
 from ais_jax.models import cache as cache_lib
 from ais_jax.models import layers, llada, qwen3, qwen3_5
-from ais_jax.models.blocks import is_unstacked, unstack
+from ais_jax.models.blocks import Schedule, is_unstacked, unstack
 from ais_jax.quantize import QuantArray
 
 Params = dict[str, Any]
@@ -51,11 +51,13 @@ class Model:
       config: sizes.
       dtype: dtype of activations, "bfloat16" or "float32"; parameters are cast where used.
       remat: recompute each block in the backward pass instead of storing its activations.
+      unroll: compile every block instead of a loop over one: faster on a CPU.
     """
 
     config: ModelConfig
     dtype: str = "bfloat16"
     remat: bool = False
+    unroll: bool = False
 
     @property
     def mask_id(self) -> int | None:
@@ -113,8 +115,9 @@ class Model:
             empty.
         """
         module = self._module(params)
+        schedule = Schedule(self.remat, self.unroll)
         hidden, new = module.hidden(
-            tokens, positions, key_mask, cache, index, jnp.dtype(self.dtype), self.remat
+            tokens, positions, key_mask, cache, index, jnp.dtype(self.dtype), schedule
         )
         if cache is None:
             return hidden, None

@@ -74,7 +74,7 @@ def from_pretrained(
     checkpoint, model, tensors = open_model(os.fspath(directory), dtype)
     shardings = shardings_of(model, mesh)
     params = load_params(checkpoint, tensors, model, shardings, dtype)
-    return PretrainedModel(model.config, dtype, False, params, checkpoint)
+    return PretrainedModel(model.config, dtype, params=params, checkpoint=checkpoint)
 
 
 def shardings_of(model: Model, mesh: Mesh | None) -> Any:

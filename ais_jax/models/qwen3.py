@@ -15,7 +15,7 @@ from flax import nnx
 from ais_jax.linear import linear
 from ais_jax.models import cache as cache_lib
 from ais_jax.models import hf_config, layers
-from ais_jax.models.blocks import run_blocks
+from ais_jax.models.blocks import Schedule, run_blocks
 from ais_jax.models.cache import KVCache
 from ais_jax.models.naming import Tensor, block_tensors
 from ais_jax.settings import at_least, positive, setting
@@ -126,7 +126,9 @@ class Network(layers.LanguageModel):
         """Which keys each query may see: those up to its own place."""
         return layers.causal_masks(key_mask, queries, cache, index)
 
-    def hidden(self, tokens, positions, key_mask, cache: KVCache | None, index, dtype, remat: bool):
+    def hidden(
+        self, tokens, positions, key_mask, cache: KVCache | None, index, dtype, schedule: Schedule
+    ):
         """Final hidden states [B, T, D] of tokens [B, T], and what is new of the cache."""
         angles = layers.rotary_angles(positions, self.config.head_dim, self.config.rope_theta)
         masks = self.masks(key_mask, tokens.shape[1], cache, index)
@@ -135,7 +137,7 @@ class Network(layers.LanguageModel):
             lambda block, x, block_cache: block(x, angles, masks, block_cache),
             self.embed(tokens, dtype),
             cache,
-            remat,
+            schedule,
         )
         return layers.rms_norm(x, self.norm.get_value(), self.config.rms_norm_eps), new
 

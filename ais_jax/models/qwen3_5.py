@@ -19,7 +19,7 @@ from ais_jax.errors import UserError
 from ais_jax.linear import linear
 from ais_jax.models import cache as cache_lib
 from ais_jax.models import deltanet, hf_config, layers
-from ais_jax.models.blocks import call_block, run_blocks
+from ais_jax.models.blocks import Schedule, call_block, run_blocks
 from ais_jax.models.naming import Tensor, block_tensors
 from ais_jax.settings import at_least, positive, setting
 
@@ -304,16 +304,16 @@ class Groups(nnx.Module):
         self.linear = LinearBlocks(config, (groups, interval - 1), rngs=rngs)
         self.full = FullBlocks(config, (groups,), rngs=rngs)
 
-    def __call__(self, x, cache: HybridCache | None, context: _Context, remat: bool):
+    def __call__(self, x, cache: HybridCache | None, context: _Context, schedule: Schedule):
         """x [B, T, D]; returns (x, what is new of the group's cache)."""
 
         def call(block, x, block_cache):
             return block(x, block_cache, context)
 
         states = None if cache is None else (cache.conv, cache.state)
-        x, states = run_blocks(self.linear, call, x, states, remat)
+        x, states = run_blocks(self.linear, call, x, states, schedule)
         attention = None if cache is None else cache.attention
-        x, attention = call_block(self.full, call, x, attention, remat)
+        x, attention = call_block(self.full, call, x, attention, schedule)
         if states is None:
             return x, None
         return x, HybridCache(states[0], states[1], attention)
@@ -326,7 +326,14 @@ class Network(layers.LanguageModel):
         super().__init__(config, Groups, rngs=rngs, norm_init=jax.nn.initializers.zeros)
 
     def hidden(
-        self, tokens, positions, key_mask, cache: HybridCache | None, index, dtype, remat: bool
+        self,
+        tokens,
+        positions,
+        key_mask,
+        cache: HybridCache | None,
+        index,
+        dtype,
+        schedule: Schedule,
     ):
         """Final hidden states [B, T, D] of tokens [B, T], and what is new of the cache."""
         c, length = self.config, tokens.shape[1]
@@ -337,10 +344,10 @@ class Network(layers.LanguageModel):
         )
         x, cache = run_blocks(
             self.layers,
-            lambda group, x, group_cache: group(x, group_cache, context, remat),
+            lambda group, x, group_cache: group(x, group_cache, context, schedule),
             self.embed(tokens, dtype),
             cache,
-            False,
+            Schedule(unroll=schedule.unroll),  # blocks are recomputed one by one, not groups
         )
         return layers.rms_norm_zero_centred(x, self.norm.get_value(), c.rms_norm_eps), cache
 

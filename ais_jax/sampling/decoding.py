@@ -110,16 +110,11 @@ def _record(setting: Setting, state: Decoding, tokens: jax.Array, logps: jax.Arr
 @functools.cache
 def program(function: Callable, platform: str) -> Any:
     """`begin` or `decode`, jitted for a platform."""
-    options = {}
-    if platform == "cpu":
-        # Each product uses all cores. Those that could run at the same time would share them, and
-        # two at half the speed take longer than one after the other, twice as long with two cores.
-        options["xla_cpu_enable_concurrency_optimized_scheduler"] = False
     return jax.jit(
         function,
         static_argnames=("setting", "columns", "repeats") if function is begin else "setting",
         donate_argnames=() if function is begin else "state",
-        compiler_options=options,
+        compiler_options=mesh_lib.one_by_one(platform),
     )
 
 

@@ -72,20 +72,22 @@ def build_programs(
     base_shardings = mesh_lib.param_shardings(
         model.param_axes(), model.abstract_params(), mesh, mesh_lib.TRAIN_RULES
     )
+    platform = mesh.devices.flat[0].platform
     rows, everywhere = mesh_lib.batch_sharding(mesh), mesh_lib.replicated(mesh)
 
     refit = functools.partial(
         step_lib.refit,
         model=model,
         recipe=recipe,
-        platform=mesh.devices.flat[0].platform,
+        platform=platform,
     )
     copy, _ = jax.eval_shape(lambda p: refit(p, None), model.abstract_params())
     copy_axes = quantize.copy_axes(model.param_axes(), copy)
     copy_shardings = mesh_lib.param_shardings(copy_axes, copy, mesh, mesh_lib.ROLLOUT_RULES)
+    alone = platform == "cpu" and not model.remat
     update = functools.partial(
         step_lib.update,
-        policy=policy,
+        policy=dataclasses.replace(policy, model=dataclasses.replace(model, unroll=alone)),
         optimizer=optimizer,
         config=config.ais,
         kl_coef=config.grpo.kl_coef,
@@ -119,6 +121,11 @@ def build_programs(
         take=jax.jit(
             lambda batch, index: jax.tree.map(lambda x: x[index], batch), out_shardings=rows
         ),
-        update=jax.jit(update, donate_argnums=0, out_shardings=(shardings, everywhere)),
+        update=jax.jit(
+            update,
+            donate_argnums=0,
+            out_shardings=(shardings, everywhere),
+            compiler_options=mesh_lib.one_by_one(platform) if alone else None,
+        ),
         put=lambda x: jax.device_put(x, rows),
     )

@@ -33,7 +33,7 @@ class Source(NamedTuple):
 
     def pretrained(self, model: Model) -> PretrainedModel:
         """`model`, knowing where it comes from, as `save_pretrained` wants it."""
-        return PretrainedModel(model.config, model.dtype, model.remat, {}, self.checkpoint)
+        return PretrainedModel(model.config, model.dtype, model.remat, checkpoint=self.checkpoint)
 
 
 @dataclasses.dataclass(frozen=True)
