@@ -19,6 +19,8 @@ def keep_freed() -> bool:
     XLA:CPU takes the temporaries of a program from malloc and frees them at the program's end. The
     C library gives large blocks back to the kernel, which hands them out again a page at a time,
     filled with zeros: a fifth of a training step. One heap that never shrinks knows none of that.
+    The price is that it holds the most that was ever in use, and holes: half as much again, in a
+    training step of 71 M parameters.
 
     To be called before jax is first used, since threads keep the heap that they begin with. Does
     nothing without glibc, beside accelerators, or where the environment sets malloc up itself.

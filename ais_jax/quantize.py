@@ -85,6 +85,7 @@ def quantize(
     recipe: str | Recipe,
     dtype=jnp.bfloat16,
     targets: Iterable[str] = LINEAR_NAMES,
+    platform: str | None = None,
 ) -> Any:
     """The copy of `params` that samples: targeted kernels quantized, other floats cast.
 
@@ -110,18 +111,21 @@ def quantize(
       dtype: compute dtype of the trainer, bfloat16 or float32.
       targets: names of the linears. A leaf is a kernel if one of them is on its path, "bias" is
         not, and it has two axes or more.
+      platform: hold the numbers in the dtype that `prepare` would give them there, without the
+        cast to the format in between, which a CPU has no instruction for. None is the format's.
 
     Raises:
       UserError: the recipe's name is unknown, or it finds no kernel or no output layer.
       TypeError: `params` holds a `QuantArray` already.
     """
-    return _quantize(params, find_recipe(recipe), np.dtype(dtype), tuple(targets))
+    return _quantize(params, find_recipe(recipe), np.dtype(dtype), tuple(targets), platform)
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2, 3))
-def _quantize(params, recipe: Recipe, dtype: np.dtype, targets: tuple[str, ...]):
+@functools.partial(jax.jit, static_argnums=(1, 2, 3, 4))
+def _quantize(params, recipe: Recipe, dtype: np.dtype, targets: tuple[str, ...], platform):
     if recipe.head:
         targets = (*targets, HEAD_NAME)
+    quantized = functools.partial(_quantized, recipe=recipe, dtype=dtype, platform=platform)
 
     def one(path, leaf):
         names = [str(getattr(key, "key", getattr(key, "name", ""))) for key in path]
@@ -134,7 +138,7 @@ def _quantize(params, recipe: Recipe, dtype: np.dtype, targets: tuple[str, ...])
         kernel = leaf.ndim >= 2 and not set(targets).isdisjoint(names) and "bias" not in names
         if not kernel or recipe.weights is None:
             return leaf.astype(dtype)
-        return _quantized(leaf, recipe, dtype)
+        return quantized(leaf)
 
     copy = jax.tree_util.tree_map_with_path(one, params, is_leaf=_is_quantized)
     if recipe.weights is not None and not any(
@@ -150,17 +154,20 @@ def _quantize(params, recipe: Recipe, dtype: np.dtype, targets: tuple[str, ...])
                 "choose a recipe without _head"
             )
         table = params[EMBEDDING_NAME]
-        copy = {**copy, HEAD_NAME: _quantized(table, recipe, dtype, transposed=True)}
+        copy = {**copy, HEAD_NAME: quantized(table, transposed=True)}
     return copy
 
 
-def _quantized(w: jax.Array, recipe: Recipe, dtype: np.dtype, transposed=False) -> QuantArray:
+def _quantized(
+    w: jax.Array, *, recipe: Recipe, dtype: np.dtype, platform: str | None, transposed=False
+) -> QuantArray:
     """Of a kernel, or of one that is given `transposed` and is left so."""
     assert recipe.weights is not None
     axis = -1 if transposed else -2
     values, scale = codes(w.astype(jnp.float32), recipe.weights, axis, precision=dtype)
     scale = jnp.swapaxes(scale, -1, -2) if transposed else scale
-    return QuantArray(values.astype(recipe.weights), scale, recipe.activations, transposed)
+    held = jnp.dtype(recipe.weights) if platform is None else _held(recipe.weights, platform)
+    return QuantArray(values.astype(held), scale, recipe.activations, transposed)
 
 
 def codes(
@@ -241,17 +248,21 @@ def prepare(params: Any, platform: str | None = None) -> Any:
     def one(x):
         if not _is_quantized(x):
             return x
-        on_cpu, transposed = platform == "cpu", platform in _TRANSPOSED
-        floating = jnp.issubdtype(x.values.dtype, jnp.floating)
-        values = x.values.astype(
-            jnp.bfloat16 if on_cpu and floating else multipliable(x.values.dtype)
-        )
+        transposed = platform in _TRANSPOSED
+        values = x.values.astype(_held(x.values.dtype, platform))
         if transposed != x.transposed:
             # Fused with what makes the numbers, a transposition would slow all of that down.
             values = jnp.swapaxes(jax.lax.optimization_barrier(values), -1, -2)
         return dataclasses.replace(x, values=values, transposed=transposed)
 
     return jax.tree.map(one, params, is_leaf=_is_quantized)
+
+
+def _held(dtype, platform: str) -> np.dtype:
+    """The dtype in which a platform holds numbers of a format."""
+    if platform == "cpu" and jnp.issubdtype(dtype, jnp.floating):
+        return jnp.dtype(jnp.bfloat16)
+    return multipliable(jnp.dtype(dtype))
 
 
 def copy_axes(axes: Any, copy: Any) -> Any:

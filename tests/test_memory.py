@@ -12,9 +12,9 @@ from ais_jax import memory
 kept = memory.keep_freed() if {keep} else None
 import jax, jax.numpy as jnp
 # 64 MiB of temporaries, more than malloc ever keeps by itself.
-run = jax.jit(lambda x: jnp.sum(jnp.sort(x[:, None] * x[None, :], axis=0)[:, 0]))
+run = jax.jit(lambda x: jnp.outer(x, x) @ jnp.stack([x, x + 1], axis=1))
 x = jnp.arange(4096.0)
-for _ in range(2):
+for _ in range(60):  # until small blocks that lie in between leave large enough holes
     run(x).block_until_ready()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 for _ in range(3):

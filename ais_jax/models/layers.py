@@ -65,7 +65,8 @@ def rotary_angles(positions: jax.Array, head_dim: int, theta: float) -> tuple[ja
     """(cos, sin), each [B, T, 1, h / 2] float32, of positions [B, T]."""
     inverse = theta ** -(jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
     angles = positions.astype(jnp.float32)[:, :, None, None] * inverse
-    return jnp.cos(angles), jnp.sin(angles)
+    # Else XLA:CPU would compute them anew for every head of every layer.
+    return jax.lax.optimization_barrier((jnp.cos(angles), jnp.sin(angles)))
 
 
 def apply_rotary(x: jax.Array, angles: tuple[jax.Array, jax.Array]) -> jax.Array:
@@ -191,7 +192,9 @@ def swiglu(x: jax.Array, gate: Kernel, up: Kernel, down: Kernel) -> jax.Array:
     """(silu(x gate) * (x up)) down."""
     size = down.shape[0]
     opened, risen = products(x, (gate, up), (size, size))
-    return linear(jax.nn.silu(opened) * risen, down)
+    # Step by step in bfloat16 it is rounded, and on a CPU converted, four times.
+    gates = jax.nn.silu(opened.astype(jnp.float32)).astype(x.dtype)
+    return linear(gates * risen, down)
 
 
 def products(x: jax.Array, kernels: Sequence[Kernel], sizes: Sequence[int]) -> list[jax.Array]:

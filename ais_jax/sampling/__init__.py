@@ -71,7 +71,7 @@ def sampling_copy(model: Model, params: Params, recipe: str, platform: str) -> P
       recipe: a name in `quantize.RECIPES`.
       platform: "cpu", "gpu" or "tpu".
     """
-    copy = quantize.quantize(lora_lib.merge(params), recipe, model.dtype)
+    copy = quantize.quantize(lora_lib.merge(params), recipe, model.dtype, platform=platform)
     copy = quantize.prepare(copy, platform)
     if platform == "cpu":
         copy = model.fuse(copy)  # off the CPU a fused axis could not be split over `tensor`

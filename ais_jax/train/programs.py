@@ -84,10 +84,11 @@ def build_programs(
     copy, _ = jax.eval_shape(lambda p: refit(p, None), model.abstract_params())
     copy_axes = quantize.copy_axes(model.param_axes(), copy)
     copy_shardings = mesh_lib.param_shardings(copy_axes, copy, mesh, mesh_lib.ROLLOUT_RULES)
-    alone = platform == "cpu" and not model.remat
+    # What recomputes its activations stacks few of them: there a CPU would only compile for longer.
+    unroll = platform == "cpu" and not model.remat
     update = functools.partial(
         step_lib.update,
-        policy=dataclasses.replace(policy, model=dataclasses.replace(model, unroll=alone)),
+        policy=dataclasses.replace(policy, model=dataclasses.replace(model, unroll=unroll)),
         optimizer=optimizer,
         config=config.ais,
         kl_coef=config.grpo.kl_coef,
@@ -125,7 +126,7 @@ def build_programs(
             update,
             donate_argnums=0,
             out_shardings=(shardings, everywhere),
-            compiler_options=mesh_lib.one_by_one(platform) if alone else None,
+            compiler_options=mesh_lib.one_by_one(platform) if unroll else None,
         ),
         put=lambda x: jax.device_put(x, rows),
     )

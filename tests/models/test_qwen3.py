@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ais_jax.models import Qwen3Config, build
+from ais_jax.models import Model, Qwen3Config, build
 
 TINY = Qwen3Config(
     vocab_size=23,
@@ -42,16 +42,19 @@ def test_left_padding_changes_nothing():
     np.testing.assert_allclose(shifted[:, 5:], plain, atol=2e-5)
 
 
-def test_rematerialisation_keeps_the_gradient():
+@pytest.mark.parametrize("schedule", [{"remat": True}, {"unroll": True}], ids=str)
+def test_how_blocks_are_run_keeps_the_gradient(schedule):
     tokens = jax.random.randint(jax.random.key(1), (2, 7), 0, 23)
     params = build(TINY).init(jax.random.key(0))
 
-    def grad(remat):
-        model = build(TINY, "float32", remat)
+    def grad(**schedule):
+        model = Model(TINY, "float32", **schedule)
         return jax.grad(lambda p: model.logits(p, tokens).var())(params)
 
     jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-7), grad(False), grad(True)
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-7),
+        grad(),
+        grad(**schedule),
     )
 
 

@@ -9,7 +9,7 @@ import pytest
 from transformers import Qwen3_5TextConfig
 
 from ais_jax.errors import UserError
-from ais_jax.models import Qwen3_5Config, build, positions_of, qwen3_5
+from ais_jax.models import Model, Qwen3_5Config, build, positions_of, qwen3_5
 from ais_jax.quantize import QuantArray, quantize
 
 TINY = Qwen3_5Config(
@@ -111,13 +111,15 @@ def test_a_prefill_in_parts_and_decoding_equal_one_forward(params, tokens, logit
     assert cache.state.dtype == jnp.float32
 
 
-def test_rematerialisation_keeps_the_gradient(params, tokens):
-    def grad(remat):
-        model = build(TINY, "float32", remat)
+def test_how_blocks_are_run_keeps_the_gradient(params, tokens):
+    def grad(**schedule):
+        model = Model(TINY, "float32", **schedule)
         return jax.grad(lambda p: model.logits(p, tokens[:, :9]).var())(params)
 
     jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-6), grad(False), grad(True)
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-6),
+        grad(),
+        grad(remat=True, unroll=True),
     )
 
 
