@@ -95,7 +95,6 @@ _CHOICES = (
     ),
     ("gpu", _FP8_GPUS, "fp8", "its tensor cores multiply FP8 at twice the rate of bfloat16"),
     ("gpu", _INT8_GPUS, "int8", "its tensor cores multiply int8, not FP8, faster than bfloat16"),
-    ("tpu", "TPU ?v?7", "fp8", "its matrix units multiply FP8 at twice the rate of bfloat16"),
     ("tpu", "TPU v[56]", "int8", "its matrix units multiply int8, not FP8, faster than bfloat16"),
 )
 
@@ -106,7 +105,7 @@ def choose_recipe(platform: str, device_kind: str, rows: int | None = None) -> t
     Args:
       platform: of the device: "cpu", "gpu", "tpu"...
       device_kind: of the device, as "NVIDIA H100 80GB HBM3" or "TPU v5 lite".
-      rows: sequences that are decoded at once; None is many.
+      rows: sequences that each device decodes at once; None is many.
 
     Returns:
       (a name in `RECIPES`, why). "none" for devices that are not known.

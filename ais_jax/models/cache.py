@@ -43,9 +43,15 @@ KV_AXES = KVCache(*[("layers", "rows", "kv_heads", "positions", "head")] * 2)
 
 def empty(shape: tuple[int, ...], dtype, kv_format: str) -> KVCache:
     """Zeros; `kv_format` is one of `FORMATS`."""
-    zeros = jnp.zeros(shape, dtype)
-    one = zeros if kv_format == NONE else Codes(*kv_codes(zeros, kv_format))
-    return KVCache(one, jax.tree.map(jnp.copy, one))
+
+    def one():
+        if kv_format == NONE:
+            return jnp.zeros(shape, dtype)
+        # Not the codes of zeros, which a compiler would work out one by one.
+        scale = jnp.ones((*shape[:-1], 1), jnp.float32)
+        return Codes(jnp.zeros(shape, KV_FORMATS[kv_format]), scale)
+
+    return KVCache(one(), one())
 
 
 def entries(k: jax.Array, v: jax.Array, like: KVCache) -> KVCache:

@@ -153,6 +153,8 @@ def _grouped_attention(q: jax.Array, parts: list[tuple[KVCache, jax.Array]]) -> 
     q = q.reshape(rows, length, groups, -1, size).transpose(0, 2, 3, 1, 4)
     shape = q.shape[:-1]  # [B, K, H / K, T]
     q = q.reshape(rows, groups, -1, size)
+    # Codes are widened a layer at a time, and not those of all layers before the first.
+    q, parts = jax.lax.optimization_barrier((q, parts))
 
     def scores(keys, mask):
         products = _batched(q, keys, ((3,), (3,)))

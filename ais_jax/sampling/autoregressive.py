@@ -21,12 +21,13 @@ from jax.sharding import Mesh
 
 from ais_jax import mesh as mesh_lib
 from ais_jax.models import Model, Params, positions_of
+from ais_jax.quantize import QuantArray
 from ais_jax.sampling import decoding
 from ais_jax.sampling import logps as lp
 from ais_jax.sampling.decoding import Decoding, Setting, begin, decode, program
 from ais_jax.sampling.types import Rollout, SamplingConfig
 
-# Below this many rows the bfloat16 and integer kernels of a CPU are slower, not faster.
+# Below this many rows a CPU's products are slower, not faster, but those of float32.
 _LEAST_ROWS_ON_CPU = 8
 # Buckets of prompt lengths: every one is a program to compile.
 _WIDTHS, _NARROWEST = 4, 32
@@ -79,11 +80,10 @@ def rollout(
     columns = job.width + min(config.segment, config.max_new_tokens)
     state = _begin(job, requests, columns)
     while True:
-        remaining = int(config.max_new_tokens - np.asarray(state.length)[requests >= 0].min())
         if waiting < job.total:
             least = len(requests) - _group(job, len(requests))
         else:
-            least = _fewer(job, len(requests), remaining)
+            least = _fewer(job, state, requests)
         state = program(decode, setting.platform)(params, state, np.int32(least), setting=setting)
         done = np.asarray(state.done)
         requests = _collect(job, state, requests, done, found)
@@ -91,8 +91,8 @@ def rollout(
             break
         if waiting < job.total:
             state, requests, waiting = _refill(job, state, requests, waiting)
-        elif (requests >= 0).sum() <= least:
-            state, requests = _compact(job, state, requests, least)
+        elif (requests >= 0).sum() <= (fewer := _fewer(job, state, requests)):
+            state, requests = _compact(job, state, requests, fewer)
         state = _make_room(job, state, requests, crowded)
     if job.repeats > 1:
         prompts, prompt_mask = (np.repeat(x, job.repeats, axis=0) for x in (prompts, prompt_mask))
@@ -139,11 +139,20 @@ class _Job(NamedTuple):
 
 
 def _job(setting: Setting, params: Params, prompts, mask, keys: jax.Array) -> _Job:
-    """Raises ValueError if the completions cannot be shared out among the prompts."""
-    if not len(prompts) or len(keys) % len(prompts):
+    """Raises ValueError for prompts without tokens, and keys that are no multiple of them."""
+    if not len(prompts) or not len(keys) or len(keys) % len(prompts):
         raise ValueError(f"{len(keys)} keys are no multiple of {len(prompts)} prompts")
+    if (
+        prompts.shape != mask.shape
+        or not mask[:, -1].all()
+        or (np.diff(mask.astype(int)) < 0).any()
+    ):
+        raise ValueError(
+            f"prompts {prompts.shape} and prompt_mask {mask.shape} must have one shape, and every "
+            "row padding on its left alone and at least one token"
+        )
     mesh = setting.mesh
-    slow = setting.platform == "cpu" and setting.model.dtype != "float32"
+    slow = setting.platform == "cpu" and (setting.model.dtype != "float32" or _quantized(params))
     width = prompt_width(mask)
     return _Job(
         *(setting, params, prompts[:, -width:], mask[:, -width:], keys),
@@ -151,6 +160,13 @@ def _job(setting: Setting, params: Params, prompts, mask, keys: jax.Array) -> _J
         multiple=1 if mesh is None else math.prod(mesh.shape[a] for a in mesh_lib.BATCH_AXES),
         fewest=_LEAST_ROWS_ON_CPU if slow else 1,
     )
+
+
+def _quantized(params: Params) -> bool:
+    def is_quantized(x) -> bool:
+        return isinstance(x, QuantArray)
+
+    return any(map(is_quantized, jax.tree.leaves(params, is_leaf=is_quantized)))
 
 
 def prompt_width(mask: np.ndarray) -> int:
@@ -164,10 +180,7 @@ def prompt_width(mask: np.ndarray) -> int:
 def _begin(job: _Job, requests: np.ndarray, columns: int) -> Decoding:
     """The given completions with their first tokens; -1 are rows without one."""
     filled = np.maximum(requests, 0)
-    repeats = job.repeats
-    consecutive = filled.reshape(-1, repeats) // repeats == filled[::repeats, None] // repeats
-    if len(filled) % repeats or len(filled) // repeats % job.multiple or not consecutive.all():
-        repeats = 1
+    repeats = job.repeats if _whole_groups(job, filled) else 1
     chosen = filled[::repeats] // job.repeats
     return program(begin, job.setting.platform)(
         job.params,
@@ -177,6 +190,14 @@ def _begin(job: _Job, requests: np.ndarray, columns: int) -> Decoding:
         columns=columns,
         repeats=repeats,
     )
+
+
+def _whole_groups(job: _Job, rows: np.ndarray) -> bool:
+    """Whether completions of a prompt stand together, and devices can share out the prompts."""
+    if len(rows) % (job.repeats * job.multiple):
+        return False
+    groups = rows.reshape(-1, job.repeats) // job.repeats
+    return bool((groups == groups[:, :1]).all())
 
 
 def _collect(job: _Job, state: Decoding, requests, done, found: _Found) -> np.ndarray:
@@ -191,7 +212,7 @@ def _collect(job: _Job, state: Decoding, requests, done, found: _Found) -> np.nd
 
 def _group(job: _Job, rows: int) -> int:
     """Rows that are refilled at a time: one shape to compile, and not a prefill for each row."""
-    return min(job.round_up(max(rows // 4, 1)), rows)
+    return min(-(-max(rows // 4, 1) // job.multiple) * job.multiple, rows)
 
 
 def _refill(job: _Job, state: Decoding, requests: np.ndarray, waiting: int):
@@ -210,10 +231,12 @@ def _refill(job: _Job, state: Decoding, requests: np.ndarray, waiting: int):
     return state, requests, waiting
 
 
-def _fewer(job: _Job, rows: int, remaining: int) -> int:
+def _fewer(job: _Job, state: Decoding, requests: np.ndarray) -> int:
     """The number of rows that the batch shrinks to once no more are live; 0 if it does not."""
+    config, rows = job.setting.config, len(requests)
     smaller = job.round_up(-(-rows // 2))
-    return smaller if smaller < rows and remaining >= job.setting.config.compact_steps else 0
+    remaining = config.max_new_tokens - np.asarray(state.length)[requests >= 0].min()
+    return smaller if smaller < rows and remaining >= config.compact_steps else 0
 
 
 def _compact(job: _Job, state: Decoding, requests: np.ndarray, rows: int):
@@ -232,7 +255,7 @@ def _make_room(job: _Job, state: Decoding, requests: np.ndarray, crowded: bool) 
     unused = min(int(starts.min()), column - job.width)
     # Rows that begin late need columns beyond those of the first ones.
     most = job.width + config.max_new_tokens + (config.segment if crowded else 0)
-    if columns < most and unused < config.segment // 2:
+    if columns < most and unused < max(config.segment // 2, 1):
         more = min(columns + config.segment, most)
         return decoding.grow(state, setting=job.setting, columns=more)
     return decoding.shift(state, np.int32(unused), setting=job.setting)

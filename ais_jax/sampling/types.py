@@ -8,7 +8,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from ais_jax.models.cache import FORMATS, NONE
 from ais_jax.sampling.diffusion_config import DiffusionConfig
+from ais_jax.settings import at_least
 
 Array = Any  # jax.Array or np.ndarray
 
@@ -69,8 +71,8 @@ class SamplingConfig:
       min_p: of those only tokens at least `min_p` times as probable as the most probable one.
 
     Raises:
-      ValueError: blocks and steps do not fit the length, or `top_k`, `top_p` or `min_p` are out of
-        range or set for a diffusion model.
+      ValueError: blocks and steps do not fit the length, or a setting is out of range or is one of
+        autoregressive models and set for a diffusion model.
     """
 
     max_new_tokens: int
@@ -81,7 +83,7 @@ class SamplingConfig:
     score_chunk: int = 128
     mask_id: int = -1
     diffusion: DiffusionConfig | None = None
-    kv_cache: str = "none"
+    kv_cache: str = NONE
     slots: int | None = None
     segment: int = 256
     prefill_chunk: int = 512
@@ -98,6 +100,15 @@ class SamplingConfig:
             raise ValueError(
                 "top_k, top_p and min_p are for autoregressive models: leave them at 0, 1 and 0"
             )
+        if self.diffusion is not None and (self.kv_cache != NONE or self.slots is not None):
+            raise ValueError(
+                f"kv_cache={self.kv_cache} and slots={self.slots} are for autoregressive models: "
+                "leave them at none and null"
+            )
+        if self.kv_cache not in FORMATS:
+            raise ValueError(f"kv_cache={self.kv_cache!r} is unknown; choose one of {FORMATS}")
+        at_least(self, 1, "max_new_tokens", "score_chunk", "slots")
+        at_least(self, 1, "segment", "prefill_chunk", "compact_steps")
 
     @property
     def truncated(self) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import pathlib
 from collections.abc import Callable
 from typing import NamedTuple
@@ -106,8 +107,9 @@ def _recipe(config: Config, mesh: jax.sharding.Mesh) -> tuple[str, str | None]:
     if recipe != "auto":
         return recipe, None
     device = mesh.devices.flat[0]
-    rows = config.rollout.slots or config.grpo.batch_size
-    return choose_recipe(device.platform, device.device_kind, rows)
+    rows = min(config.rollout.slots or config.grpo.batch_size, config.grpo.batch_size)
+    sharing = math.prod(mesh.shape[axis] for axis in mesh_lib.BATCH_AXES)
+    return choose_recipe(device.platform, device.device_kind, -(-rows // sharing))
 
 
 def _open_policy(config: Config, task) -> tuple[Source | None, Model, Tokenizer]:

@@ -81,6 +81,21 @@ def log(monkeypatch):
     return seen
 
 
+def caches(monkeypatch):
+    """The cache that each part of the engine has last returned, by the part's name."""
+    held = {}
+    for name in ("grow", "refill"):
+        function = getattr(decoding, name)
+
+        def spy(*args, function=function, name=name, **kwargs):
+            state = function(*args, **kwargs)
+            held[name] = state.cache
+            return state
+
+        monkeypatch.setattr(decoding, name, spy)
+    return held
+
+
 @pytest.mark.parametrize(
     ("name", "engine"), [*(("qwen3", engine) for engine in BUSY), ("qwen3_5", "all")]
 )
@@ -113,24 +128,82 @@ def test_columns_left_behind_are_used_again(monkeypatch):
 
 
 @pytest.mark.smoke
-def test_two_rollouts_are_bitwise_equal():
+def test_two_rollouts_are_bitwise_equal(monkeypatch):
     policy = policy_of(dtype="bfloat16", **BUSY["all"])
-    params = params_of(policy)
-    first, second = (policy.rollout(params, *batch()) for _ in range(2))
+    params, seen = params_of(policy), log(monkeypatch)
+    first, second = (policy.rollout(params, *batch(rows=20)) for _ in range(2))
+    assert {"grow", "refill"} <= set(seen)
     for a, b in zip(first[:6], second[:6], strict=True):
         np.testing.assert_array_equal(a, b)
 
 
-def test_completions_of_one_prompt_are_those_of_the_prompt_repeated():
-    policy = policy_of()
-    params, (prompts, mask, _) = params_of(policy), batch(rows=4)
+def test_waiting_completions_do_not_wait_for_the_last_row(monkeypatch):
+    """Also where a CPU takes no fewer than 8 rows at a time."""
+    policy, live = policy_of(dtype="bfloat16", slots=8), []
+    refill = decoding.refill
+
+    def spy(state, *args, **kwargs):
+        live.append(int((~state.done).sum()))
+        return refill(state, *args, **kwargs)
+
+    monkeypatch.setattr(decoding, "refill", spy)
+    policy.rollout(params_of(policy), *batch(rows=20))
+    assert max(live) == 6  # two rows of eight have ended
+
+
+def test_no_batch_shrinks_shortly_before_its_end(monkeypatch):
+    """What counts are the steps to go once half of the rows have ended, not those at the start."""
+    params, seen = params_of(policy_of()), log(monkeypatch)
+    lengths = policy_of().rollout(params, *batch(rows=2)).mask.sum(axis=1)
+    left = LENGTH - int(lengths.min())
+    for steps in (left + 1, left):
+        seen.clear()
+        policy_of(compact_steps=steps).rollout(params, *batch(rows=2))
+        assert ("take" in seen) == (steps == left)
+
+
+@pytest.mark.parametrize("slots", [None, 8, 6])
+def test_completions_of_one_prompt_are_those_of_the_prompt_repeated(slots):
+    """Wherever a group is cut: all at once, 8 slots and then 2 at a time, or whole groups."""
+    params, (prompts, mask, _) = params_of(policy_of()), batch(rows=4)
     keys = jax.random.split(jax.random.key(3), 12)
-    shared = policy.rollout(params, prompts, mask, keys)
-    repeated = policy.rollout(params, np.repeat(prompts, 3, 0), np.repeat(mask, 3, 0), keys)
+    shared = policy_of(slots=slots).rollout(params, prompts, mask, keys)
+    repeated = policy_of().rollout(params, np.repeat(prompts, 3, 0), np.repeat(mask, 3, 0), keys)
     same(shared, repeated)
     np.testing.assert_array_equal(shared.prompts, repeated.prompts)
-    with pytest.raises(ValueError, match="11 keys are no multiple of 4 prompts"):
-        policy.rollout(params, prompts, mask, keys[:11])
+
+
+def test_fewer_completions_than_a_cpu_takes_at_a_time():
+    """Three of one prompt: rows that fill up the batch belong to no group."""
+    policy = policy_of(dtype="bfloat16")
+    prompts, mask, keys = batch(rows=3)
+    found = policy.rollout(params_of(policy), prompts[:1], mask[:1], keys)
+    assert found.tokens.shape == (3, LENGTH) and found.mask[:, 0].all()
+
+
+def test_columns_can_grow_one_at_a_time():
+    params = params_of(policy_of())
+    same(policy_of(segment=1).rollout(params, *batch(4)), policy_of().rollout(params, *batch(4)))
+
+
+def test_prompts_and_keys_that_cannot_be_sampled_are_refused():
+    policy = policy_of()
+    params, (prompts, mask, keys) = params_of(policy), batch(rows=4)
+    for bad_mask in (mask & False, mask[:, ::-1], mask[:, 1:]):
+        with pytest.raises(ValueError, match="at least one token"):
+            policy.rollout(params, prompts, bad_mask, keys)
+    for count in (0, 3):
+        with pytest.raises(ValueError, match=f"{count} keys are no multiple of 4 prompts"):
+            policy.rollout(params, prompts, mask, keys[:count])
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("segment", 0), ("slots", -1), ("prefill_chunk", 0), ("kv_cache", "fp4_kv")],
+)
+def test_settings_that_make_no_sense_are_refused_by_name(field, value):
+    with pytest.raises(ValueError, match=f"{field}={value!r}"):
+        policy_of(**{field: value})
 
 
 @pytest.mark.smoke
@@ -176,20 +249,29 @@ def test_the_copy_of_a_cpu_computes_what_the_stacked_one_does(name, recipe):
 
 
 @pytest.mark.parametrize(("data", "fsdp", "tensor"), [(8, 1, 1), (2, 2, 2)])
-def test_a_mesh_shares_the_rows_and_the_heads(data, fsdp, tensor):
+@pytest.mark.parametrize("kv_cache", ["none", "int8_kv"])
+def test_a_mesh_shares_the_rows_and_the_heads(data, fsdp, tensor, kv_cache, monkeypatch):
     mesh = mesh_lib.make_mesh(mesh_lib.MeshConfig(data, fsdp, tensor))
-    policy = policy_of(slots=8, segment=8)
+    policy = policy_of(slots=8, segment=8, kv_cache=kv_cache)
+    held = caches(monkeypatch)
     params = params_of(policy)
     shardings = mesh_lib.param_shardings(
         policy.model.param_axes(), params, mesh, mesh_lib.ROLLOUT_RULES
     )
     sharded = jax.device_put(params, shardings)
     found = policy.rollout(sharded, *batch(rows=16), mesh)
+    monkeypatch.undo()
     alone = policy.rollout(params, *batch(rows=16))
     # Sums of another order may let a near tie fall the other way.
     equal = (found.tokens == alone.tokens).all(axis=1)
     assert equal.mean() > 0.8
     np.testing.assert_allclose(found.logps[equal], alone.logps[equal], rtol=1e-5, atol=1e-5)
+    assert {"grow", "refill"} <= held.keys()
+    for cache in held.values():  # rows over the batch axes, heads over `tensor`
+        leaves = jax.tree.leaves(cache)
+        assert {x.sharding.shard_shape(x.shape)[-4:-2] for x in leaves} == {
+            (leaves[0].shape[-4] // (data * fsdp), QWEN3.num_key_value_heads // tensor)
+        }
     forced = jax.jit(policy.score)(sharded, jax.device_put(alone, mesh_lib.batch_sharding(mesh)))[0]
     expected = jax.jit(policy.score)(params, alone)[0]
     np.testing.assert_allclose(forced, expected, rtol=1e-5, atol=1e-5)
@@ -227,13 +309,19 @@ def test_cached_numbers_have_one_scale_a_token_and_head(kv_format):
 
 @pytest.mark.smoke
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("platform", ["cpu", "tpu"])
-def test_decoding_holds_its_cache_once(platform, dtype):
+@pytest.mark.parametrize(
+    ("platform", "kv_cache"),
+    [("cpu", "none"), ("cpu", "int8_kv"), ("cpu", "fp8_kv"), ("tpu", "none")],
+)
+def test_decoding_holds_its_cache_once(platform, kv_cache, dtype):
     """Ahead of time: temporaries of the loop are far below the cache that it carries."""
     if jax.__version_info__ < (0, 12) and (platform, dtype) != ("tpu", "float32"):
         pytest.skip("XLA:CPU of jax below 0.12 copies what is read and then written")
     config = dataclasses.replace(QWEN3, num_hidden_layers=6)
-    policy = Policy(build(config, dtype), dataclasses.replace(SAMPLING, max_new_tokens=2000))
+    policy = Policy(
+        build(config, dtype),
+        dataclasses.replace(SAMPLING, max_new_tokens=2000, kv_cache=kv_cache),
+    )
     setting = decoding.Setting(policy.model, policy.sampling, None)
     params = jax.eval_shape(
         lambda key: sampling_copy(policy.model, policy.model.init(key), "none", platform),
@@ -244,4 +332,6 @@ def test_decoding_holds_its_cache_once(platform, dtype):
     decode = decoding.program(decoding.decode, "cpu")
     compiled = decode.lower(params, state, np.int32(0), setting=setting).compile()
     held = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state.cache))
-    assert compiled.memory_analysis().temp_size_in_bytes < 0.25 * held
+    # Codes are widened to be multiplied, of one block at a time.
+    widened = 0 if kv_cache == "none" else 8 * QWEN3.num_key_value_heads * 2048 * QWEN3.head_dim * 4
+    assert compiled.memory_analysis().temp_size_in_bytes < 0.25 * held + 2 * widened
