@@ -1,0 +1,224 @@
+"""Several processes on one CPU: what they tell each other, and a run that equals that of one."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+import ais_jax
+from ais_jax import config as config_lib
+from ais_jax import distributed, settings
+from ais_jax.errors import UserError
+from ais_jax.train.metrics import read_metrics
+
+LONGEST = 400  # seconds; a process that waits for another for ever must not hold up the tests
+
+TALK = """
+import sys
+
+import jax
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+from ais_jax import distributed, mesh
+from ais_jax.errors import UserError
+
+distributed.start(sys.argv[1], 2, int(sys.argv[2]))
+me = jax.process_index()
+assert (jax.process_count(), me, distributed.first()) == (2, int(sys.argv[2]), sys.argv[2] == "0")
+assert distributed.gather((np.arange(2) + 10 * me, np.array([me == 1])))[0].tolist() == [0, 1, 10, 11]
+assert distributed.share(6) == slice(3 * me, 3 * me + 3)
+assert distributed.anywhere(me == 1) and not distributed.anywhere(False)
+assert distributed.agreed(f"runs/\\u03c0 {me}") == "runs/\\u03c0 0"
+
+rows = mesh.batch_sharding(mesh.make_mesh(mesh.MeshConfig()))
+x = np.arange(8).reshape(4, 2)
+placed = distributed.put(x, rows)
+assert placed.shape == (4, 2) and not placed.is_fully_addressable
+np.testing.assert_array_equal(placed.addressable_data(0), x[2 * me : 2 * me + 2])
+keys = jax.random.split(jax.random.key(3), 4)
+draw = jax.vmap(jax.random.bits)
+np.testing.assert_array_equal(
+    draw(distributed.put(keys, rows)).addressable_data(0), draw(keys)[2 * me : 2 * me + 2]
+)
+
+
+def fails_in_one():
+    if me == 1:
+        raise ZeroDivisionError("no such row")
+
+
+try:
+    distributed.together(fails_in_one)
+except (UserError, ZeroDivisionError) as error:
+    print(type(error).__name__, error)
+assert distributed.together(lambda: me) == me
+"""
+
+
+def port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def launch(commands, cwd):
+    """Runs commands at the same time, with one CPU device each: [(exit code, stdout, stderr)]."""
+    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    started = [
+        subprocess.Popen(
+            [sys.executable, *map(str, command)],
+            cwd=cwd,
+            env=environment,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+        for command in commands
+    ]
+    try:
+        outputs = [process.communicate(timeout=LONGEST) for process in started]
+    finally:
+        for process in started:
+            process.kill()
+    return [(p.returncode, *output) for p, output in zip(started, outputs, strict=True)]
+
+
+def test_processes_agree_share_and_stop_together(tmp_path):
+    (tmp_path / "talk.py").write_text(TALK)
+    address = f"127.0.0.1:{port()}"
+    (first, second) = launch([["talk.py", address, i] for i in range(2)], tmp_path)
+    assert first[0] == second[0] == 0, first[2] + second[2]
+    assert first[1] == "UserError process 1 has failed; its own output says why\n"
+    assert second[1] == "ZeroDivisionError no such row\n"
+
+
+@pytest.fixture(scope="module")
+def config():
+    """A job of a few seconds with all that processes have to agree on."""
+    return settings.build(
+        config_lib.Config,
+        {
+            "model": {
+                "qwen3": {
+                    "hidden_size": 32,
+                    "intermediate_size": 64,
+                    "num_hidden_layers": 1,
+                    "num_attention_heads": 4,
+                    "num_key_value_heads": 2,
+                    "head_dim": 8,
+                }
+            },
+            "task": {
+                "train_examples": 128,
+                "heldout_examples": 16,
+                "countdown": {"max_number": 12, "listed_in_order": True},
+            },
+            "warmup": {"steps": 20, "batch_size": 64},
+            "rollout": {"max_prompt_tokens": 16, "max_new_tokens": 10, "slots": 8, "segment": 4},
+            "grpo": {
+                "batch_size": 32,
+                "group_size": 4,
+                "minibatches": 2,
+                "kl_coef": 0.1,
+                "dynamic_sampling": True,
+                "dynamic_sampling_rounds": 2,
+            },
+            "train": {"steps": 3, "dtype": "float32", "eval_batch_size": 16, "samples_every": 1},
+        },
+    )
+
+
+def test_two_processes_train_as_one_does(config, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    settings.save_yaml(config, tmp_path / "job.yaml")
+    train = ["-m", "ais_jax", "train", "job.yaml"]
+    together = ["--coordinator", f"127.0.0.1:{port()}", "--processes", 2, "--process-id"]
+    both = launch([[*train, "output_dir=two", *together, i] for i in range(2)], tmp_path)
+    assert [code for code, _, _ in both] == [0, 0], both[0][2] + both[1][2]
+    assert "2 cpu device(s) of 2 processes" in both[0][1]
+    assert both[1][1] == ""  # process 0 alone prints
+    (alone,) = launch([[*train, "output_dir=one"]], tmp_path)
+    assert alone[0] == 0, alone[2]
+    eight = settings.replace(config, {"output_dir": str(tmp_path / "eight")})
+    ais_jax.train(eight)
+
+    one, two, devices = (
+        read_metrics(tmp_path / name / "metrics.jsonl") for name in ("one", "two", "eight")
+    )
+    assert len(one) == len(two) == len(devices) == 3
+    for row in one:
+        assert row["grad_norm"] > 0
+    for name in ("loss", "reward", "accuracy", "kl", "entropy", "severity", "grad_norm"):
+        values = [row[name] for row in one]
+        np.testing.assert_allclose([row[name] for row in two], values, rtol=1e-6, atol=1e-8)
+        np.testing.assert_allclose([row[name] for row in devices], values, rtol=1e-5, atol=1e-7)
+    samples = [(tmp_path / name / "samples.jsonl").read_text() for name in ("one", "two")]
+    assert samples[0] == samples[1]
+    summaries = [
+        json.loads((tmp_path / name / "summary.json").read_text()) for name in ("one", "two")
+    ]
+    assert summaries[0]["after"] == summaries[1]["after"]
+
+    # One process goes on from what two have saved, with the problems that follow.
+    (more,) = launch([[*train, "output_dir=two", "train.steps=4"]], tmp_path)
+    assert "going on after step 3" in more[1], more[2]
+    (whole,) = launch([[*train, "output_dir=one", "train.steps=4"]], tmp_path)
+    assert whole[0] == 0, whole[2]
+    rows = [read_metrics(tmp_path / name / "metrics.jsonl")[3] for name in ("one", "two")]
+    assert rows[0]["loss"] == pytest.approx(rows[1]["loss"], rel=1e-5)
+    assert rows[0]["reward"] == rows[1]["reward"]
+
+
+def test_a_plain_process_is_left_alone(tmp_path):
+    code = (
+        "import jax; from ais_jax import distributed; distributed.start();"
+        "print(jax.distributed.is_initialized(), jax.process_count())"
+    )
+    (done,) = launch([["-c", code]], tmp_path)
+    assert done[1] == "False 1\n", done[2]
+
+
+@pytest.mark.parametrize(
+    ("told", "environment", "message"),
+    [
+        (("localhost", 2, 0), {}, "--coordinator=localhost must be host:port"),
+        (("localhost:1", None, None), {}, "--processes and --process-id missing"),
+        ((None, 2, None), {}, "--coordinator and --process-id missing"),
+        (("localhost:1", 2, 2), {}, "--process-id=2 must be from 0"),
+        (("localhost:1", 2, -1), {}, "--process-id=-1 must be from 0"),
+        (("localhost:1", 0, 0), {}, "--processes=0 must be at least 1"),
+        ((None, None, None), {"JAX_NUM_PROCESSES": "two"}, "JAX_NUM_PROCESSES='two' is no whole"),
+        ((None, None, None), {"JAX_PROCESS_ID": "1"}, "--coordinator and --processes missing"),
+    ],
+)
+def test_what_does_not_fit_together_is_told(monkeypatch, told, environment, message):
+    for name in (*distributed._LAUNCHERS, "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.delenv("JAX_PROCESS_ID", raising=False)
+    monkeypatch.setattr(distributed.importlib.util, "find_spec", lambda name: None)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=message):
+        distributed.start(*told)
+    assert not jax.distributed.is_initialized()
+
+
+def test_prompts_that_processes_cannot_share_are_refused(config):
+    config.check_devices(8, processes=8)
+    with pytest.raises(ValueError, match=r"group_size=8 prompts .* the 3 processes"):
+        config.check_devices(8, processes=3)
+
+
+def test_one_process_keeps_everything():
+    x = np.arange(3)
+    assert distributed.gather(x) is x
+    assert distributed.share(3) == slice(0, 3)
+    assert distributed.agreed("a") == "a"
+    with pytest.raises(KeyError):
+        distributed.together({}.__getitem__, "absent")
