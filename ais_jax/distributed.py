@@ -33,6 +33,7 @@ _LAUNCHERS = (
     "TPU_PROCESS_ADDRESSES",
     "MEGASCALE_COORDINATOR_ADDRESS",
 )
+_COUNTS = ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE")
 
 
 def start(
@@ -56,7 +57,7 @@ def start(
     processes = _number(processes, "JAX_NUM_PROCESSES")
     process_id = _number(process_id, "JAX_PROCESS_ID")
     told = coordinator, processes, process_id
-    launched = any(map(os.environ.get, _LAUNCHERS)) or bool(importlib.util.find_spec("libtpu"))
+    launched = _launched()
     alone = told == (None, None, None) and not launched
     if alone or processes == 1 or jax.distributed.is_initialized():
         return
@@ -81,6 +82,13 @@ def start(
         ) from error
     if not first():
         logging.getLogger("ais_jax").setLevel(logging.ERROR)
+
+
+def _launched() -> bool:
+    """Whether something speaks of several processes, or may: a TPU is asked by jax."""
+    if any(os.environ.get(name) == "1" for name in _COUNTS):
+        return False  # jax would leave a single task no more than one of its GPUs
+    return any(map(os.environ.get, _LAUNCHERS)) or importlib.util.find_spec("libtpu") is not None
 
 
 def _number(given: int | None, variable: str) -> int | None:
@@ -157,16 +165,17 @@ def together(function: Callable[..., T], *args: Any) -> T:
       UserError: it failed in another process.
       Exception: what `function` raised here.
     """
+    error: Exception | None = None
     try:
-        result, error = function(*args), None
+        result = function(*args)
     except Exception as raised:
-        result, error = None, raised
+        error = raised
     failed = gather(np.array([error is not None]))
     if error is not None:
         raise error
     if failed.any():
         raise UserError(f"process {int(np.argmax(failed))} has failed; its own output says why")
-    return result  # type: ignore[return-value]
+    return result
 
 
 def agreed(text: str) -> str:

@@ -17,20 +17,20 @@ from ais_jax.errors import UserError
 from ais_jax.train.metrics import read_metrics
 
 LONGEST = 400  # seconds; a process that waits for another for ever must not hold up the tests
+VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 
 TALK = """
 import sys
 
 import jax
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
 
 from ais_jax import distributed, mesh
 from ais_jax.errors import UserError
 
-distributed.start(sys.argv[1], 2, int(sys.argv[2]))
-me = jax.process_index()
-assert (jax.process_count(), me, distributed.first()) == (2, int(sys.argv[2]), sys.argv[2] == "0")
+me, told = int(sys.argv[1]), sys.argv[2:]
+distributed.start(*told[:1], *map(int, told[1:]))
+assert (jax.process_count(), jax.process_index(), distributed.first()) == (2, me, me == 0)
 assert distributed.gather((np.arange(2) + 10 * me, np.array([me == 1])))[0].tolist() == [0, 1, 10, 11]
 assert distributed.share(6) == slice(3 * me, 3 * me + 3)
 assert distributed.anywhere(me == 1) and not distributed.anywhere(False)
@@ -67,19 +67,19 @@ def port() -> int:
         return free.getsockname()[1]
 
 
-def launch(commands, cwd):
+def launch(commands, cwd, environments=({}, {})):
     """Runs commands at the same time, with one CPU device each: [(exit code, stdout, stderr)]."""
-    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    plain = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
     started = [
         subprocess.Popen(
             [sys.executable, *map(str, command)],
             cwd=cwd,
-            env=environment,
+            env=plain | environment,
             text=True,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
         )
-        for command in commands
+        for command, environment in zip(commands, environments, strict=False)
     ]
     try:
         outputs = [process.communicate(timeout=LONGEST) for process in started]
@@ -89,10 +89,31 @@ def launch(commands, cwd):
     return [(p.returncode, *output) for p, output in zip(started, outputs, strict=True)]
 
 
-def test_processes_agree_share_and_stop_together(tmp_path):
+def slurm(number, count):
+    """What SLURM tells a task."""
+    return {
+        "SLURM_JOB_ID": "7",
+        "SLURM_STEP_NODELIST": "127.0.0.1",
+        "SLURM_NTASKS": str(count),
+        "SLURM_PROCID": str(number),
+        "SLURM_LOCALID": "0",
+    }
+
+
+@pytest.mark.parametrize("found_by", ["flags", "variables", "slurm"])
+def test_processes_agree_share_and_stop_together(tmp_path, found_by):
     (tmp_path / "talk.py").write_text(TALK)
-    address = f"127.0.0.1:{port()}"
-    (first, second) = launch([["talk.py", address, i] for i in range(2)], tmp_path)
+    number, commands = port(), [["talk.py", i] for i in range(2)]
+    environments: list[dict[str, str]] = [{}, {}]
+    for i in range(2):
+        told = [f"127.0.0.1:{number}", "2", str(i)]
+        if found_by == "flags":
+            commands[i] += told
+        elif found_by == "variables":
+            environments[i] = dict(zip(VARIABLES, told, strict=True))
+        else:
+            environments[i] = slurm(i, 2) | {"JAX_COORDINATOR_PORT": str(number)}
+    first, second = launch(commands, tmp_path, environments)
     assert first[0] == second[0] == 0, first[2] + second[2]
     assert first[1] == "UserError process 1 has failed; its own output says why\n"
     assert second[1] == "ZeroDivisionError no such row\n"
@@ -175,12 +196,13 @@ def test_two_processes_train_as_one_does(config, tmp_path, monkeypatch):
     assert rows[0]["reward"] == rows[1]["reward"]
 
 
-def test_a_plain_process_is_left_alone(tmp_path):
+@pytest.mark.parametrize("task", [{}, slurm(0, 1)], ids=["plain", "only task"])
+def test_a_single_process_is_left_alone(tmp_path, task):
     code = (
         "import jax; from ais_jax import distributed; distributed.start();"
         "print(jax.distributed.is_initialized(), jax.process_count())"
     )
-    (done,) = launch([["-c", code]], tmp_path)
+    (done,) = launch([["-c", code]], tmp_path, [task])
     assert done[1] == "False 1\n", done[2]
 
 
@@ -198,9 +220,8 @@ def test_a_plain_process_is_left_alone(tmp_path):
     ],
 )
 def test_what_does_not_fit_together_is_told(monkeypatch, told, environment, message):
-    for name in (*distributed._LAUNCHERS, "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES"):
+    for name in (*distributed._LAUNCHERS, *VARIABLES):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.delenv("JAX_PROCESS_ID", raising=False)
     monkeypatch.setattr(distributed.importlib.util, "find_spec", lambda name: None)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import grain.python as grain
 
@@ -20,7 +20,7 @@ class Batches:
         self._dataset = dataset
         self._workers = workers
         self._number = 0
-        self._ahead: Iterator[list[dict]] | None = None
+        self._ahead: grain.DatasetIterator | None = None
 
     def __iter__(self) -> Batches:
         return self
@@ -47,7 +47,7 @@ class Batches:
     def close(self) -> None:
         """Ends the workers, if there are any; a further batch would start them again."""
         if self._ahead is not None:
-            self._ahead.close()  # type: ignore[attr-defined]
+            self._ahead.close()
             self._ahead = None
 
 
@@ -95,7 +95,7 @@ def _read(examples: Sequence[dict], part: int, parts: int, indices: list[int]) -
     return [examples[i] for i in indices[part * size : (part + 1) * size]]
 
 
-def _read_ahead(dataset: grain.MapDataset, start: int, workers: int) -> Iterator[list[dict]]:
+def _read_ahead(dataset: grain.MapDataset, start: int, workers: int) -> grain.DatasetIterator:
     from absl import flags
 
     # grain reads absl's flags, which nobody parses here.
