@@ -72,15 +72,20 @@ def start(
             cluster_detection_method=None if launched else "deactivate",
         )
     except ValueError as error:
-        if told == (None, None, None) and "coordinator_address" in str(error):
-            return  # a TPU library without a TPU, a launcher of something else
-        raise UserError(f"several processes: {_line(error)}") from error
+        if told != (None, None, None) or "coordinator_address" not in str(error):
+            raise UserError(f"several processes: {_line(error)}") from error
+        if os.environ.get("JOB_COMPLETION_INDEX"):
+            raise UserError(
+                "jax cannot find the other pods of this indexed job: pip install 'jax[k8s]', or say "
+                "--processes 1"
+            ) from error
+        # Nobody is there: a TPU library without a TPU.
     except RuntimeError as error:
         raise UserError(
             f"process {process_id} of {processes} cannot join the others at {coordinator}: "
             f"{_line(error)}"
         ) from error
-    if not first():
+    if jax.distributed.is_initialized() and not first():
         logging.getLogger("ais_jax").setLevel(logging.ERROR)
 
 

@@ -243,3 +243,14 @@ def test_one_process_keeps_everything():
     assert distributed.agreed("a") == "a"
     with pytest.raises(KeyError):
         distributed.together({}.__getitem__, "absent")
+
+
+def test_a_pod_that_cannot_find_the_others_does_not_run_alone(tmp_path):
+    code = (
+        "from ais_jax import distributed, errors\n"
+        "distributed.start(processes=1)\n"
+        "try: distributed.start()\n"
+        "except errors.UserError as error: print(error)"
+    )
+    (done,) = launch([["-c", code]], tmp_path, [{"JOB_COMPLETION_INDEX": "0"}])
+    assert done[1].startswith("jax cannot find the other pods of this indexed job"), done[2]
