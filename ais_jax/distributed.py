@@ -62,8 +62,6 @@ def start(
     if alone or processes == 1 or jax.distributed.is_initialized():
         return
     _check(coordinator, processes, process_id, launched)
-    # SIGTERM stays what it is to Python.
-    jax.config.update("jax_enable_preemption_service", False)
     try:
         jax.distributed.initialize(
             coordinator,
@@ -154,11 +152,6 @@ def gather(tree: T) -> T:
     if jax.process_count() == 1:
         return tree
     return multihost_utils.process_allgather(tree, tiled=True)
-
-
-def anywhere(flag: bool) -> bool:
-    """Whether `flag` is true in any process. All must call it."""
-    return bool(gather(np.array([flag])).any())
 
 
 def together(function: Callable[..., T], *args: Any) -> T:

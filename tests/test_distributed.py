@@ -33,7 +33,6 @@ distributed.start(*told[:1], *map(int, told[1:]))
 assert (jax.process_count(), jax.process_index(), distributed.first()) == (2, me, me == 0)
 assert distributed.gather((np.arange(2) + 10 * me, np.array([me == 1])))[0].tolist() == [0, 1, 10, 11]
 assert distributed.share(6) == slice(3 * me, 3 * me + 3)
-assert distributed.anywhere(me == 1) and not distributed.anywhere(False)
 assert distributed.agreed(f"runs/\\u03c0 {me}") == "runs/\\u03c0 0"
 
 rows = mesh.batch_sharding(mesh.make_mesh(mesh.MeshConfig()))
