@@ -58,8 +58,8 @@ def _add_train(commands) -> None:
 def _add_processes(command) -> None:
     group = command.add_argument_group(
         "several processes",
-        "Only where they are not found by themselves, see docs/launch.md; or JAX_COORDINATOR_ADDRESS, "
-        "JAX_NUM_PROCESSES and JAX_PROCESS_ID.",
+        "Only where they are not found by themselves, see docs/launch.md. The environment may say "
+        "the same: JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES, JAX_PROCESS_ID.",
     )
     add = group.add_argument
     add("--coordinator", metavar="HOST:PORT", help="of process 0, the same for all")

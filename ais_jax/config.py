@@ -344,8 +344,8 @@ class Config:
                 )
         if self.grpo.prompts % processes:
             raise ValueError(
-                f"grpo.batch_size / grpo.group_size={self.grpo.prompts} prompts are not divisible by "
-                f"the {processes} processes"
+                f"grpo.batch_size / grpo.group_size={self.grpo.prompts} prompts are not divisible "
+                f"by the {processes} processes"
             )
 
 

@@ -74,8 +74,8 @@ def start(
             raise UserError(f"several processes: {_line(error)}") from error
         if os.environ.get("JOB_COMPLETION_INDEX"):
             raise UserError(
-                "jax cannot find the other pods of this indexed job: pip install 'jax[k8s]', or say "
-                "--processes 1"
+                "jax cannot find the other pods of this indexed job: pip install 'jax[k8s]', or "
+                "say --processes 1"
             ) from error
         # Nobody is there: a TPU library without a TPU.
     except RuntimeError as error:

@@ -10,7 +10,6 @@ import jax
 import numpy as np
 import pytest
 
-import ais_jax
 from ais_jax import config as config_lib
 from ais_jax import distributed, settings
 from ais_jax.errors import UserError
@@ -18,6 +17,8 @@ from ais_jax.train.metrics import read_metrics
 
 LONGEST = 400  # seconds; a process that waits for another for ever must not hold up the tests
 VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+# Tiny models: most of the time would go into optimizing their programs.
+QUICK = "--xla_backend_optimization_level=0"
 
 TALK = """
 import sys
@@ -31,7 +32,8 @@ from ais_jax.errors import UserError
 me, told = int(sys.argv[1]), sys.argv[2:]
 distributed.start(*told[:1], *map(int, told[1:]))
 assert (jax.process_count(), jax.process_index(), distributed.first()) == (2, me, me == 0)
-assert distributed.gather((np.arange(2) + 10 * me, np.array([me == 1])))[0].tolist() == [0, 1, 10, 11]
+numbers, flags = distributed.gather((np.arange(2) + 10 * me, np.array([me == 1])))
+assert numbers.tolist() == [0, 1, 10, 11] and flags.tolist() == [False, True]
 assert distributed.share(6) == slice(3 * me, 3 * me + 3)
 assert distributed.agreed(f"runs/\\u03c0 {me}") == "runs/\\u03c0 0"
 
@@ -60,13 +62,26 @@ assert distributed.together(lambda: me) == me
 """
 
 
+JOB = """
+import sys
+
+import ais_jax
+from ais_jax import config, distributed
+
+name, steps, *told = sys.argv[1:]
+distributed.start(*told[:1], *map(int, told[1:]))
+job = config.load("job.yaml", [f"output_dir={name}", f"train.steps={steps}"])
+ais_jax.train(job, lambda completions, examples: [len(set(text)) for text in completions])
+"""
+
+
 def port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return free.getsockname()[1]
 
 
-def launch(commands, cwd, environments=({}, {})):
+def launch(commands, cwd, environments=({}, {}, {}, {})):
     """Runs commands at the same time, with one CPU device each: [(exit code, stdout, stderr)]."""
     plain = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
     started = [
@@ -85,7 +100,16 @@ def launch(commands, cwd, environments=({}, {})):
     finally:
         for process in started:
             process.kill()
-    return [(p.returncode, *output) for p, output in zip(started, outputs, strict=True)]
+    return [
+        (process.returncode, _own(out), err)
+        for process, (out, err) in zip(started, outputs, strict=True)
+    ]
+
+
+def _own(text):
+    """Without what the library of collectives says on the standard output."""
+    lines = text.splitlines(keepends=True)
+    return "".join(line for line in lines if not line.startswith("[Gloo]"))
 
 
 def slurm(number, count):
@@ -139,8 +163,8 @@ def config():
                 "heldout_examples": 16,
                 "countdown": {"max_number": 12, "listed_in_order": True},
             },
-            "warmup": {"steps": 20, "batch_size": 64},
-            "rollout": {"max_prompt_tokens": 16, "max_new_tokens": 10, "slots": 8, "segment": 4},
+            "warmup": {"steps": 10, "batch_size": 64},
+            "rollout": {"max_prompt_tokens": 16, "max_new_tokens": 10},
             "grpo": {
                 "batch_size": 32,
                 "group_size": 4,
@@ -154,30 +178,31 @@ def config():
     )
 
 
-def test_two_processes_train_as_one_does(config, tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+def test_processes_and_devices_do_not_change_what_is_learned(config, tmp_path):
+    """One process, two, and eight devices; and one goes on where two have stopped."""
     settings.save_yaml(config, tmp_path / "job.yaml")
-    train = ["-m", "ais_jax", "train", "job.yaml"]
-    together = ["--coordinator", f"127.0.0.1:{port()}", "--processes", 2, "--process-id"]
-    both = launch([[*train, "output_dir=two", *together, i] for i in range(2)], tmp_path)
-    assert [code for code, _, _ in both] == [0, 0], both[0][2] + both[1][2]
-    assert "2 cpu device(s) of 2 processes" in both[0][1]
-    assert both[1][1] == ""  # process 0 alone prints
-    (alone,) = launch([[*train, "output_dir=one"]], tmp_path)
-    assert alone[0] == 0, alone[2]
-    eight = settings.replace(config, {"output_dir": str(tmp_path / "eight")})
-    ais_jax.train(eight)
-
+    (tmp_path / "job.py").write_text(JOB)
+    address = f"127.0.0.1:{port()}"
+    cached = {"XDG_CACHE_HOME": str(tmp_path / "cache"), "XLA_FLAGS": QUICK}
+    eight = {**cached, "XLA_FLAGS": f"{QUICK} --xla_force_host_platform_device_count=8"}
+    runs = launch(
+        [*(["job.py", "two", 2, address, 2, i] for i in range(2)), ["job.py", "one", 2]],
+        tmp_path,
+        [cached] * 3,
+    )
+    runs += launch([["job.py", "eight", 2]], tmp_path, [eight])
+    assert [code for code, _, _ in runs] == [0] * 4, "".join(err for _, _, err in runs)
+    assert "2 cpu device(s) of 2 processes" in runs[0][1]
+    assert runs[1][1] == ""  # process 0 alone prints
     one, two, devices = (
         read_metrics(tmp_path / name / "metrics.jsonl") for name in ("one", "two", "eight")
     )
-    assert len(one) == len(two) == len(devices) == 3
-    for row in one:
-        assert row["grad_norm"] > 0
-    for name in ("loss", "reward", "accuracy", "kl", "entropy", "severity", "grad_norm"):
+    assert len(one) == len(two) == len(devices) == 2
+    assert all(row["grad_norm"] > 0 for row in one)
+    for name in ("loss", "reward", "entropy", "severity", "grad_norm", "tokens"):
         values = [row[name] for row in one]
-        np.testing.assert_allclose([row[name] for row in two], values, rtol=1e-6, atol=1e-8)
-        np.testing.assert_allclose([row[name] for row in devices], values, rtol=1e-5, atol=1e-7)
+        np.testing.assert_allclose([row[name] for row in two], values, rtol=1e-6, err_msg=name)
+        np.testing.assert_allclose([row[name] for row in devices], values, rtol=1e-5, err_msg=name)
     samples = [(tmp_path / name / "samples.jsonl").read_text() for name in ("one", "two")]
     assert samples[0] == samples[1]
     summaries = [
@@ -185,14 +210,11 @@ def test_two_processes_train_as_one_does(config, tmp_path, monkeypatch):
     ]
     assert summaries[0]["after"] == summaries[1]["after"]
 
-    # One process goes on from what two have saved, with the problems that follow.
-    (more,) = launch([[*train, "output_dir=two", "train.steps=4"]], tmp_path)
-    assert "going on after step 3" in more[1], more[2]
-    (whole,) = launch([[*train, "output_dir=one", "train.steps=4"]], tmp_path)
-    assert whole[0] == 0, whole[2]
-    rows = [read_metrics(tmp_path / name / "metrics.jsonl")[3] for name in ("one", "two")]
-    assert rows[0]["loss"] == pytest.approx(rows[1]["loss"], rel=1e-5)
-    assert rows[0]["reward"] == rows[1]["reward"]
+    more = launch([["job.py", name, 3] for name in ("one", "two")], tmp_path, [cached] * 2)
+    assert all("going on after step 2" in out for _, out, _ in more), more[0][2] + more[1][2]
+    last = [read_metrics(tmp_path / name / "metrics.jsonl")[2] for name in ("one", "two")]
+    assert last[0]["reward"] == last[1]["reward"]  # the same problems came next
+    assert last[0]["loss"] == pytest.approx(last[1]["loss"], rel=1e-5)
 
 
 @pytest.mark.parametrize("task", [{}, slurm(0, 1)], ids=["plain", "only task"])

@@ -167,10 +167,7 @@ def prompt_width(mask: np.ndarray) -> int:
 def _begin(job: _Job, requests: np.ndarray, columns: int) -> Decoding:
     """The given completions with their first tokens; -1 are rows without one."""
     filled = np.maximum(requests, 0)
-    repeats = job.repeats
-    consecutive = filled.reshape(-1, repeats) // repeats == filled[::repeats, None] // repeats
-    if len(filled) % repeats or len(filled) // repeats % job.multiple or not consecutive.all():
-        repeats = 1
+    repeats = job.repeats if _in_groups(job, filled) else 1
     chosen = filled[::repeats] // job.repeats
     return program(begin, job.setting.platform)(
         job.params,
@@ -180,6 +177,14 @@ def _begin(job: _Job, requests: np.ndarray, columns: int) -> Decoding:
         columns=columns,
         repeats=repeats,
     )
+
+
+def _in_groups(job: _Job, requests: np.ndarray) -> bool:
+    """Whether each `repeats` rows share a prompt, and the devices these prompts."""
+    if len(requests) % job.repeats or len(requests) // job.repeats % job.multiple:
+        return False
+    prompts = requests.reshape(-1, job.repeats) // job.repeats
+    return bool((prompts == prompts[:, :1]).all())
 
 
 def _collect(job: _Job, state: Decoding, requests, done, found: _Found) -> np.ndarray:

@@ -67,7 +67,9 @@ def read_most(path: str | os.PathLike, read_row: ReadRow, expected: str) -> Read
     if not wrong:
         return Reading(examples, None)
     named = ", ".join(map(str, wrong[:_NAMED])) + (", ..." if len(wrong) > _NAMED else "")
-    text = f"{len(wrong)} of {rows} lines of {path} are malformed (line {named}); the first: {first}"
+    text = (
+        f"{len(wrong)} of {rows} lines of {path} are malformed (line {named}); the first: {first}"
+    )
     if len(wrong) > TOLERANCE * rows:
         raise UserError(f"{text}; correct or remove them, {TOLERANCE:.0%} is tolerated")
     return Reading(examples, f"{text}; they are left out")

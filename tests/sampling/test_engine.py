@@ -129,6 +129,9 @@ def test_completions_of_one_prompt_are_those_of_the_prompt_repeated():
     repeated = policy.rollout(params, np.repeat(prompts, 3, 0), np.repeat(mask, 3, 0), keys)
     same(shared, repeated)
     np.testing.assert_array_equal(shared.prompts, repeated.prompts)
+    # Fewer rows are refilled at a time than a prompt has completions.
+    few = policy_of(slots=4, segment=8).rollout(params, prompts, mask, keys)
+    same(few, shared)
     with pytest.raises(ValueError, match="11 keys are no multiple of 4 prompts"):
         policy.rollout(params, prompts, mask, keys[:11])
 

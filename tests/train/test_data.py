@@ -1,5 +1,6 @@
 """The order of problems: whole epochs, shares of processes, positions, workers."""
 
+import itertools
 import json
 
 import pytest
@@ -15,10 +16,8 @@ def take(iterator, count):
 
 def test_shares_of_processes_make_up_the_batch_of_one():
     whole = take(data.batches(EXAMPLES, 4, seed=3), 7)
-    assert sorted(sum(whole[:5], [])) == sorted(2 * list(range(10)))  # two epochs
-    shares = [
-        take(data.batches(EXAMPLES, 4, seed=3, part=part, parts=2), 7) for part in range(2)
-    ]
+    assert sorted(itertools.chain(*whole[:5])) == sorted(2 * list(range(10)))  # two epochs
+    shares = [take(data.batches(EXAMPLES, 4, seed=3, part=part, parts=2), 7) for part in range(2)]
     assert [a + b for a, b in zip(*shares, strict=True)] == whole
 
 
@@ -43,7 +42,7 @@ def test_a_position_holds_for_any_number_of_processes():
         other = data.batches(EXAMPLES, 4, seed=3, part=part, parts=4)
         other.set_state(state)
         shares.append(take(other, 4))
-    assert [sum(batch, []) for batch in zip(*shares, strict=True)] == expected
+    assert [list(itertools.chain(*batch)) for batch in zip(*shares, strict=True)] == expected
 
 
 def test_workers_read_the_same_from_any_position():
