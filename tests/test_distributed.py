@@ -199,7 +199,7 @@ def test_processes_and_devices_do_not_change_what_is_learned(config, tmp_path):
     )
     assert len(one) == len(two) == len(devices) == 2
     assert all(row["grad_norm"] > 0 for row in one)
-    for name in ("loss", "reward", "entropy", "severity", "grad_norm", "tokens"):
+    for name in ("loss", "reward", "entropy", "grad_norm", "tokens"):
         values = [row[name] for row in one]
         np.testing.assert_allclose([row[name] for row in two], values, rtol=1e-6, err_msg=name)
         np.testing.assert_allclose([row[name] for row in devices], values, rtol=1e-5, err_msg=name)
