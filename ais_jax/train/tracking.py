@@ -72,9 +72,10 @@ class WandbLog:
                 resume="allow",
             )
         except wandb.Error as error:
+            problem = " ".join(str(error).split()).rstrip(".")
             raise UserError(
-                f"train.wandb={project}: {' '.join(str(error).split())}; log in by `wandb login`, "
-                "or set WANDB_MODE=offline"
+                f"train.wandb={project}: {problem}; log in by `wandb login`, or set "
+                "WANDB_MODE=offline"
             ) from error
         # Steps that a resumed run repeats are drawn at their own place, not refused.
         self._run.define_metric("*", step_metric="step")
