@@ -50,8 +50,21 @@ def _add_train(commands) -> None:
     train.add_argument(
         "overrides", nargs="*", metavar="key=value", help="settings that replace those of the file"
     )
+    _add_processes(train)
     train.add_argument("-h", "--help", action=_TrainHelp)
     train.set_defaults(run=_train)
+
+
+def _add_processes(command) -> None:
+    group = command.add_argument_group(
+        "several processes",
+        "Only where they are not found by themselves, see docs/launch.md. The environment may say "
+        "the same: JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES, JAX_PROCESS_ID.",
+    )
+    add = group.add_argument
+    add("--coordinator", metavar="HOST:PORT", help="of process 0, the same for all")
+    add("--processes", type=int, metavar="N", help="how many there are")
+    add("--process-id", type=int, metavar="I", help="which one this is, from 0")
 
 
 class _TrainHelp(argparse.Action):
@@ -76,9 +89,11 @@ class _TrainHelp(argparse.Action):
 def _train(args) -> int:
     memory.keep_freed()
     from ais_jax import config as config_lib
+    from ais_jax import distributed
     from ais_jax.train.run import train
 
     config = config_lib.load(args.config, args.overrides)
+    distributed.start(args.coordinator, args.processes, args.process_id)
     _keep_compiled()
     train(config, name=pathlib.Path(args.config).stem)
     return 0

@@ -276,6 +276,12 @@ class TrainConfig:
     )
     samples_every: int = setting(10, "steps between looks at sampled completions in samples.jsonl")
     max_skipped_updates: int = setting(10, "non-finite updates in a row that stop the run")
+    data_workers: int = setting(
+        0, "processes that read problems ahead; 0 reads them when a step begins"
+    )
+    wandb: str | None = setting(
+        None, "project of Weights & Biases that metrics go to as well; null is none"
+    )
 
     def __post_init__(self):
         at_least(
@@ -287,7 +293,7 @@ class TrainConfig:
             "samples_every",
             "max_skipped_updates",
         )
-        at_least(self, 0, "seed", "checkpoint_every", "eval_every")
+        at_least(self, 0, "seed", "checkpoint_every", "eval_every", "data_workers")
 
 
 def _section(cls, doc: str):
@@ -312,8 +318,12 @@ class Config:
         "folder of the results; null is runs/<config name>-<time>. A run that is there goes on",
     )
 
-    def check_devices(self, batch_devices: int) -> None:
-        """Refuses batches that the `batch_devices` devices of data x fsdp cannot share evenly.
+    def check_devices(self, batch_devices: int, processes: int = 1) -> None:
+        """Refuses batches that cannot be shared out evenly.
+
+        Args:
+          batch_devices: those of data x fsdp, which share the rows.
+          processes: share the prompts, whose completions they reward.
 
         Raises:
           ValueError: names the key.
@@ -332,6 +342,11 @@ class Config:
                     f"{key}={rows} is not divisible by the {batch_devices} devices of "
                     "mesh.data x mesh.fsdp"
                 )
+        if self.grpo.prompts % processes:
+            raise ValueError(
+                f"grpo.batch_size / grpo.group_size={self.grpo.prompts} prompts are not divisible "
+                f"by the {processes} processes"
+            )
 
 
 def load(path: str | os.PathLike, overrides: Sequence[str] = ()) -> Config:

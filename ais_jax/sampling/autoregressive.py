@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from ais_jax import distributed
 from ais_jax import mesh as mesh_lib
 from ais_jax.models import Model, Params, positions_of
 from ais_jax.quantize import QuantArray
@@ -55,7 +56,7 @@ def rollout(
     Args:
       model: structure of the policy; its dtype is that of activations and cache.
       params: the policy's parameters, usually quantized and prepared.
-      prompts: [M, P] int32, left-padded, on the host.
+      prompts: [M, P] int32, left-padded, on the host, the same in all processes.
       prompt_mask: [M, P] bool, on the host.
       keys: [N] PRNG keys; N / M completions of each prompt, in consecutive rows.
       config: lengths, temperature, ids, engine.
@@ -135,7 +136,9 @@ class _Job(NamedTuple):
     def put(self, x: Any) -> jax.Array:
         """On the devices, rows split over them."""
         mesh = self.setting.mesh
-        return jnp.asarray(x) if mesh is None else jax.device_put(x, mesh_lib.batch_sharding(mesh))
+        if mesh is None:
+            return jnp.asarray(x)
+        return distributed.put(x, mesh_lib.batch_sharding(mesh))
 
 
 def _job(setting: Setting, params: Params, prompts, mask, keys: jax.Array) -> _Job:

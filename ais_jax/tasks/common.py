@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
+import logging
 import os
 import pathlib
 import re
@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from ais_jax.errors import UserError
+from ais_jax.tasks.files import Reading
 
 SPLITS = ("train", "heldout")
 STYLES = ("compact", "instruct")
@@ -25,6 +26,7 @@ _DRAWS_PER_EXAMPLE = 200
 _FIRST_CHUNK, _LARGEST_CHUNK = 2**14, 2**19
 _BOXED_REACH = 20_000
 _BOXED = "\\boxed"
+_log = logging.getLogger(__name__)
 
 PRINTABLE = "\n" + "".join(map(chr, range(ord(" "), ord("~") + 1)))
 _TYPOGRAPHY = str.maketrans(dict(zip("‘’“”–—−\t\xa0\u2009\u202f", "''\"\"---    ", strict=True)))
@@ -50,7 +52,7 @@ class FileOptions:
     """Where training problems come from, of a task that does not generate them."""
 
     path: str | None = option(
-        None, "JSON-lines file of training problems, as it stands or under $AIS_SHARED"
+        None, "JSON-lines or Parquet file of training problems, as it stands or under $AIS_SHARED"
     )
 
 
@@ -191,7 +193,7 @@ def take(
 def take_from_file(
     name: str | None,
     setting: str,
-    load: Callable[[pathlib.Path], list[dict]],
+    read: Callable[[pathlib.Path], Reading],
     count: int,
     seed: int,
     split: str,
@@ -203,21 +205,23 @@ def take_from_file(
     Args:
       name: the file, looked up by `find_shared`.
       setting: the key of the configuration that names it, for errors.
-      load: reads it.
+      read: reads it.
 
     Raises:
-      UserError: there is no such file, or `load` refuses it.
+      UserError: there is no such file, or `read` refuses it.
       ValueError: it has fewer, or an argument is out of range.
     """
     if name is None:
-        raise UserError(f"{setting} is null; name a JSON-lines file of training problems there")
+        raise UserError(f"{setting} is null; name a file of training problems there")
     path = find_shared(name)
     if path is None:
         raise UserError(
             f"{setting}={name!r} is no file, neither as it stands nor in {_shared()}; correct it, "
             "or set AIS_SHARED to the folder that holds it"
         )
-    rows = load(path)
+    rows, left_out = read(path)
+    if left_out and split == "train":  # the same file is read again for the held-out ones
+        _log.warning(left_out)
     return take(
         lambda chunks: (rows[i] for indices in chunks for i in indices),
         size=len(rows),
@@ -325,65 +329,3 @@ def last_boxed(text: str) -> str | None:
             if text.endswith(_BOXED, 0, i):
                 return text[i + 1 : end]
     return None
-
-
-def read_text(path: str | os.PathLike, expected: str) -> str:
-    """The text of a UTF-8 file.
-
-    Raises:
-      UserError: it cannot be read; `expected` says what it should hold.
-    """
-    try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            return file.read()
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}; expected {expected}") from None
-    except ValueError:
-        raise UserError(f"{path}: not UTF-8 text; expected {expected}") from None
-
-
-def read_lines(
-    path: str | os.PathLike, read_row: Callable[[dict], dict], expected: str
-) -> list[dict]:
-    """An example of each line of a JSON-lines file; blank lines are skipped.
-
-    Args:
-      read_row: from a line's object to an example; raises ValueError if it is none.
-      expected: what a line should be, for errors.
-
-    Raises:
-      UserError: the file cannot be read, a line is malformed, or there is none.
-    """
-    examples = []
-    for number, line in enumerate(read_text(path, f"lines such as {expected}").split("\n"), 1):
-        if line.strip():
-            try:
-                row = json.loads(line)
-                if not isinstance(row, dict):
-                    raise ValueError("not an object")
-                examples.append(read_row(row))
-            except (ValueError, RecursionError):
-                raise line_error(path, number, line, expected) from None
-    if not examples:
-        raise line_error(path, 1, "", expected)
-    return examples
-
-
-def text_of(row: dict, name: str) -> str:
-    """The text of a field of a file's row.
-
-    Raises:
-      ValueError: it is absent, blank, no text, or not Unicode.
-    """
-    text = row.get(name)
-    if not isinstance(text, str) or not text.strip():
-        raise ValueError(f"no {name}")
-    text.encode()
-    return text
-
-
-def line_error(path: str | os.PathLike, line: int, text: object, expected: str) -> UserError:
-    """What is said about a malformed line."""
-    shown = str(text)
-    shown = shown if len(shown) <= 60 else shown[:57] + "..."
-    return UserError(f"{path}, line {line}: {shown!r}; expected {expected}")

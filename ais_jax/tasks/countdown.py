@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ais_jax.tasks import common
+from ais_jax.tasks import common, files
 from ais_jax.tasks.expression import ExpressionError, parse
 
 ALPHABET = "0123456789+-*/() =:"
@@ -281,7 +281,7 @@ def load(path: str | os.PathLike) -> list[dict]:
     Raises:
       UserError: the file cannot be read or a line is malformed.
     """
-    return common.read_lines(path, _read_row, _FILE_LINE)
+    return files.read_lines(path, _read_row, _FILE_LINE)
 
 
 def _read_row(row: dict) -> dict:

@@ -14,7 +14,7 @@ from fractions import Fraction
 
 import numpy as np
 
-from ais_jax.tasks import common
+from ais_jax.tasks import common, files
 
 ALPHABET = common.PRINTABLE
 Options = common.FileOptions
@@ -48,7 +48,7 @@ def generate(
       ValueError: it has fewer than `count`, or an argument is out of range.
     """
     return common.take_from_file(
-        options.path, "task.gsm8k.path", load, count, seed, split, exclude, key
+        options.path, "task.gsm8k.path", _read, count, seed, split, exclude, key
     )
 
 
@@ -142,16 +142,20 @@ def score(completions: Sequence[str], examples: Sequence[dict]) -> np.ndarray:
 
 
 def load(path: str | os.PathLike) -> list[dict]:
-    """Problems of a JSON-lines file.
+    """Problems of a JSON-lines or Parquet file.
 
     Raises:
       UserError: the file cannot be read or a line is malformed.
     """
-    return common.read_lines(path, _read_row, _FILE_LINE)
+    return files.read_lines(path, _read_row, _FILE_LINE)
+
+
+def _read(path: str | os.PathLike) -> files.Reading:
+    return files.read_most(path, _read_row, _FILE_LINE)
 
 
 def _read_row(row: dict) -> dict:
-    question, answer = common.text_of(row, "question"), common.text_of(row, "answer")
+    question, answer = files.text_of(row, "question"), files.text_of(row, "answer")
     if "####" not in answer or common.number(_final_text(answer)) is None:
         raise ValueError("no final number")
     return {"question": question, "answer": answer}

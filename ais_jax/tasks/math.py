@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ais_jax.tasks import common
+from ais_jax.tasks import common, files
 
 ALPHABET = common.PRINTABLE
 Options = common.FileOptions
@@ -66,7 +66,7 @@ def generate(
       ValueError: it has fewer than `count`, or an argument is out of range.
     """
     return common.take_from_file(
-        options.path, "task.math.path", load, count, seed, split, exclude, key
+        options.path, "task.math.path", _read, count, seed, split, exclude, key
     )
 
 
@@ -159,20 +159,24 @@ def score(completions: Sequence[str], examples: Sequence[dict]) -> np.ndarray:
 
 
 def load(path: str | os.PathLike) -> list[dict]:
-    """Problems of a JSON-lines file; the solution is read where there is no answer.
+    """Problems of a JSON-lines or Parquet file; the solution is read where there is no answer.
 
     Raises:
       UserError: the file cannot be read or a line is malformed.
     """
-    return common.read_lines(path, _read_row, _FILE_LINE)
+    return files.read_lines(path, _read_row, _FILE_LINE)
+
+
+def _read(path: str | os.PathLike) -> files.Reading:
+    return files.read_most(path, _read_row, _FILE_LINE)
 
 
 def _read_row(row: dict) -> dict:
-    problem = common.text_of(row, "problem")
+    problem = files.text_of(row, "problem")
     if row.get("answer") is None:
-        answer = common.last_boxed(common.text_of(row, "solution")) or ""
+        answer = common.last_boxed(files.text_of(row, "solution")) or ""
     else:
-        answer = common.text_of(row, "answer")
+        answer = files.text_of(row, "answer")
     example = {"problem": problem, "answer": answer.strip()}
     if not _agree(common.marked(f"\\boxed{{{answer}}}"), answer):
         raise ValueError("an answer that no completion can give")

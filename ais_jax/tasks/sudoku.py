@@ -17,7 +17,7 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 
 import numpy as np
 
-from ais_jax.tasks import common
+from ais_jax.tasks import common, files
 
 ALPHABET = "01234:"
 CELLS = 16
@@ -268,21 +268,21 @@ def load(path: str | os.PathLike) -> list[dict]:
     Raises:
       UserError: the file cannot be read or a line is malformed.
     """
-    lines = csv.reader(io.StringIO(common.read_text(path, f"a CSV file with {_FILE_LINE}")))
+    lines = csv.reader(io.StringIO(files.read_text(path, f"a CSV file with {_FILE_LINE}")))
     examples = []
     try:
         header = next(lines, [])
         if header != ["Puzzle", "Solution"]:
-            raise common.line_error(path, 1, ",".join(header), "the header Puzzle,Solution")
+            raise files.line_error(path, 1, ",".join(header), "the header Puzzle,Solution")
         for row in lines:
             if row:
                 examples.append(_read_row(row))
     except csv.Error as error:
-        raise common.line_error(path, lines.line_num, error, _FILE_LINE) from None
+        raise files.line_error(path, lines.line_num, error, _FILE_LINE) from None
     except ValueError:
-        raise common.line_error(path, lines.line_num, ",".join(row), _FILE_LINE) from None
+        raise files.line_error(path, lines.line_num, ",".join(row), _FILE_LINE) from None
     if not examples:
-        raise common.line_error(path, 2, "", _FILE_LINE)
+        raise files.line_error(path, 2, "", _FILE_LINE)
     return examples
 
 

@@ -18,6 +18,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from ais_jax import distributed
+
 _PLAIN_SECONDS = 10
 _PLAIN_SHARE = 0.1
 _CONTROL_CODES = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
@@ -66,11 +68,12 @@ def console(stderr: bool = False) -> Console:
 
     Whether it is a terminal is asked of the stream alone: CI services that set FORCE_COLOR would
     otherwise get a live bar in their logs. Elsewhere lines are not wrapped, so that a path stays
-    in one piece.
+    in one piece. Of several processes only the first prints.
     """
     terminal = (sys.stderr if stderr else sys.stdout).isatty()
     return Console(
         stderr=stderr,
+        quiet=not distributed.first(),
         force_terminal=terminal,
         force_jupyter=False,
         soft_wrap=not terminal,
@@ -137,15 +140,15 @@ class Progress:
         """
         self._total = total_steps
         self._description = description
-        self._enabled = enabled
         self._columns = tuple(Column(*column) for column in columns)
         self._console = console() if output is None else output
+        self._enabled = enabled and not self._console.quiet
         self._clock = clock
         self._state = _State(initial_step, {})
         self._start = clock()
         self._line: tuple[int, float] | None = None  # step and time of the last plain line
         self._live: Live | None = None
-        if enabled and self._console.is_terminal and not self._console.is_dumb_terminal:
+        if self._enabled and self._console.is_terminal and not self._console.is_dumb_terminal:
             self._live = Live(
                 console=self._console,
                 get_renderable=self._render,

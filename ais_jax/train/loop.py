@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import time
 from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
 
-from ais_jax import masked
+from ais_jax import distributed, masked
 from ais_jax.config import Config
 from ais_jax.errors import UserError
 from ais_jax.models import Params
 from ais_jax.sampling import Rollout
 from ais_jax.sampling.estimators import covered
-from ais_jax.train import checkpoint, grpo, guards
+from ais_jax.train import checkpoint, grpo, guards, throughput, tracking
 from ais_jax.train.display import GRPO_COLUMNS, Progress
-from ais_jax.train.metrics import MetricsWriter
 from ais_jax.train.setup import Run
 from ais_jax.train.state import TrainState
 from ais_jax.train.step import TrainBatch
@@ -33,11 +33,12 @@ class Sampled:
     """One step's rollouts, groups in consecutive rows.
 
     The statistics are of everything that was sampled, also of groups that dynamic sampling drops.
+    Arrays are whole in every process; examples and completions are None where another one has them.
     """
 
     rollout: Rollout
-    examples: list[dict]
-    completions: list[str]
+    examples: list[dict | None]
+    completions: list[str | None]
     rewards: np.ndarray  # [B] float32
     reward: float
     accuracy: float
@@ -65,7 +66,7 @@ def train_grpo(
     watch = guards.Watch()
     copy = None
     with (
-        MetricsWriter(run.directory, truncate_after=start) as writer,
+        tracking.open_writer(config, run.directory, start) as writer,
         Progress(config.train.steps, "GRPO", columns=GRPO_COLUMNS, initial_step=start) as progress,
     ):
         for step in range(start + 1, config.train.steps + 1):
@@ -134,8 +135,18 @@ def train_step(run: Run, state, copy, step: int, iterator, reward_fn, reference)
         "codes_changed": changed,
         "tokens_per_second": sampled.count / clock["rollout_seconds"],
         **clock,
+        **_throughput(run, sampled, clock, reference),
     }
     return state, copy, {name: float(value) for name, value in metrics.items()}, sampled
+
+
+def _throughput(run: Run, sampled: Sampled, clock: dict[str, float], reference):
+    c = run.config.grpo
+    scores = 1 + (reference is not None) + (not run.policy.recorded)
+    work = throughput.work_of(run.policy, scores=scores, epochs=c.inner_epochs)
+    return throughput.measure(
+        work, sampled.rollout, sampled.count, c.group_size, clock, run.programs.mesh
+    )
 
 
 def sample_groups(run: Run, copy, key, iterator, reward_fn) -> Sampled:
@@ -159,25 +170,39 @@ def sample_groups(run: Run, copy, key, iterator, reward_fn) -> Sampled:
 
 def _sample_round(run: Run, copy, key, iterator, reward_fn) -> Sampled:
     c = run.config.grpo
-    posed = next(iterator)
-    examples = [example for example in posed for _ in range(c.group_size)]
-    keys = jax.random.split(key, len(examples))
+    posed = next(iterator)  # of several processes each poses its own
+    prompts = distributed.gather(run.prompter.prompts(posed))
+    keys = jax.random.split(key, len(prompts[0]) * c.group_size)
     began = time.perf_counter()
-    rollout = run.programs.rollout(copy, *run.prompter.prompts(posed), keys)
+    rollout = run.programs.rollout(copy, *prompts, keys)
     seconds = time.perf_counter() - began
-    completions = run.prompter.completions(rollout)
-    rewards = checked_rewards(reward_fn(completions, examples), len(examples))
+    own = distributed.share(len(keys))
+    examples = [example for example in posed for _ in range(c.group_size)]
+    completions = run.prompter.completions(jax.tree.map(lambda x: x[own], rollout))
+    judge = functools.partial(_judge, run, reward_fn, completions, examples)
+    rewards, scores = distributed.gather(distributed.together(judge))
     return Sampled(
         rollout,
-        examples,
-        completions,
+        _among(examples, own, len(keys)),
+        _among(completions, own, len(keys)),
         rewards,
         reward=float(rewards.mean()),
-        accuracy=float(run.prompter.task.score(completions, examples).mean()),
+        accuracy=float(scores.mean()),
         informative=float(grpo.informative_groups(rewards, c.group_size).mean()),
         count=int(np.asarray(rollout.mask).sum()),
         seconds=seconds,
     )
+
+
+def _judge(run: Run, reward_fn, completions, examples) -> tuple[np.ndarray, np.ndarray]:
+    """Rewards and scores [B] float32 of this process's own completions."""
+    rewards = checked_rewards(reward_fn(completions, examples), len(examples))
+    return rewards, np.asarray(run.prompter.task.score(completions, examples), np.float32)
+
+
+def _among(own: list, rows: slice, total: int) -> list:
+    """A list of `total` entries with this process's own at their rows, and None elsewhere."""
+    return [None] * rows.start + own + [None] * (total - rows.stop)
 
 
 def select_groups(rounds: list[Sampled], group_size: int, groups: int) -> Sampled:
@@ -273,14 +298,15 @@ def checked_rewards(rewards, count: int) -> np.ndarray:
 
 
 def _samples(sampled: Sampled, group_size: int) -> list[dict]:
-    """The first group, for a person to read."""
+    """The first group of this process's own, for a person to read."""
+    own = [i for i, example in enumerate(sampled.examples) if example is not None]
     return [
         {
             "example": sampled.examples[i],
             "completion": sampled.completions[i],
             "reward": float(sampled.rewards[i]),
         }
-        for i in range(group_size)
+        for i in own[:group_size]
     ]
 
 

@@ -11,8 +11,8 @@ import math
 import os
 import pathlib
 import time
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Protocol
 
 from ais_jax.errors import UserError
 
@@ -42,8 +42,10 @@ _TRAIN = frozenset(
 
 def tensorboard_tag(name: str) -> str:
     """Tag of a metric in TensorBoard: `ais/severity`, `time/train_seconds`, plain `reward`."""
-    if name.endswith("_seconds") or name == "tokens_per_second":
+    if name.endswith(("_seconds", "_per_second", "mfu")):
         return f"time/{name}"
+    if name.endswith("_gib"):
+        return f"memory/{name}"
     if name.startswith("eval_"):
         return f"eval/{name}"
     for group, names in (("ais", _AIS), ("rollout", _ROLLOUT), ("train", _TRAIN)):
@@ -52,13 +54,28 @@ def tensorboard_tag(name: str) -> str:
     return name
 
 
+class Log(Protocol):
+    """A further place that metrics go to."""
+
+    def write(self, step: int, metrics: Mapping[str, float | None]) -> None:
+        """The metrics of a step; None stands for what is not finite."""
+
+    def close(self) -> None:
+        """Writes out what is still buffered."""
+
+
 class MetricsWriter:
     """Appends the metrics and samples of a run to the files in its output directory.
 
     Only one process of a run may hold a writer. Use as a context manager, or call `close`.
     """
 
-    def __init__(self, output_dir: PathLike, truncate_after: int | None = None):
+    def __init__(
+        self,
+        output_dir: PathLike,
+        truncate_after: int | None = None,
+        also: Sequence[Log] = (),
+    ):
         """Prepares metrics.jsonl, samples.jsonl and tensorboard/ for appending.
 
         A last line cut short by a crash is dropped.
@@ -67,6 +84,7 @@ class MetricsWriter:
           output_dir: created where missing.
           truncate_after: step that the run resumes from: what was written for later steps is
             dropped from both files and hidden in TensorBoard. None keeps everything.
+          also: further places that `write` writes to.
 
         Raises:
           UserError: an existing file has a line that is not a JSON object with a step.
@@ -77,6 +95,7 @@ class MetricsWriter:
         for path in (self._metrics, self._samples):
             _truncate(path, truncate_after)
         self._tensorboard = _summary_writer(directory / "tensorboard", truncate_after)
+        self._also = tuple(also)
 
     def __enter__(self) -> MetricsWriter:
         return self
@@ -85,8 +104,11 @@ class MetricsWriter:
         self.close()
 
     def close(self) -> None:
-        """Writes out what TensorBoard still buffers; more than once does no harm."""
+        """Writes out what is still buffered; more than once does no harm."""
         self._tensorboard.close()
+        for log in self._also:
+            log.close()
+        self._also = ()
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """Appends one line to metrics.jsonl and the same values to TensorBoard.
@@ -104,6 +126,8 @@ class MetricsWriter:
         for name, value in values.items():
             if value is not None:
                 self._tensorboard.add_scalar(tensorboard_tag(name), value, int(step))
+        for log in self._also:
+            log.write(int(step), values)
 
     def write_samples(self, step: int, rows: Iterable[Mapping[str, Any]]) -> None:
         """Appends one line per row to samples.jsonl, each with its step in front.

@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from ais_jax import distributed, quantize
 from ais_jax import mesh as mesh_lib
-from ais_jax import quantize
 from ais_jax.config import Config
 from ais_jax.sampling import Policy
 from ais_jax.train import step as step_lib
@@ -34,7 +34,7 @@ class Programs:
     measure(calibration, batch) -> (calibration, Measurement)
     take(batch, rows) -> the batch's rows
     update(state, frozen, batch, coefficient) -> (state, metrics); `state` is donated
-    put(array) -> the array, its rows split over the devices
+    put(array) -> the array, the same in all processes, its rows split over the devices
 
     `params` are those that the model computes with, see `Policy.join`.
     """
@@ -128,5 +128,5 @@ def build_programs(
             out_shardings=(shardings, everywhere),
             compiler_options=mesh_lib.one_by_one(platform) if unroll else None,
         ),
-        put=lambda x: jax.device_put(x, rows),
+        put=lambda x: distributed.put(x, rows),
     )

@@ -11,11 +11,11 @@ import time
 
 import jax
 
-from ais_jax import report, settings
+from ais_jax import distributed, report, settings
 from ais_jax.config import Config
 from ais_jax.errors import UserError
 from ais_jax.evaluate import build_evaluator
-from ais_jax.train import checkpoint, data
+from ais_jax.train import checkpoint, data, tracking
 from ais_jax.train.display import console, final_table
 from ais_jax.train.loop import RewardFn, train_grpo
 from ais_jax.train.metrics import write_json
@@ -40,23 +40,33 @@ def train(config: Config, reward_fn: RewardFn | None = None, name: str = "run") 
       UserError: the configuration cannot be run, or a checkpoint does not fit it.
     """
     began = time.perf_counter()
+    directory = pathlib.Path(distributed.agreed(str(_directory(config, name))))
+    run, examples, dropped = distributed.together(_prepare, config, directory)
+    reward_fn = reward_fn or run.prompter.task.reward
+    with _open_directory(run) as checkpoints:
+        _say_hello(run, examples, dropped)
+        summary = _phases(run, examples, checkpoints, reward_fn, began)
+    if distributed.first():
+        write_json(run.directory / "summary.json", summary)
+        picture = report.curves(run.directory)
+        title = f"{config.task.name}: before and after GRPO"
+        final_table(summary["before"], summary["after"], title=title)
+        console().print(f"results: {run.directory}   curves: {picture}")
+    return summary
+
+
+def _prepare(config: Config, directory: pathlib.Path) -> tuple[Run, Examples, int]:
+    """The run, its problems, and how many have prompts that are too long; no file is written."""
     try:
-        run = build_run(config, _directory(config, name))
-        config.check_devices(run.programs.mesh.shape["data"] * run.programs.mesh.shape["fsdp"])
+        tracking.check(config)
+        run = build_run(config, directory)
+        sizes = run.programs.mesh.shape
+        config.check_devices(sizes["data"] * sizes["fsdp"], jax.process_count())
         generated = build_examples(config)
         examples = drop_long(generated, run.prompter)
     except ValueError as error:
         raise UserError(str(error)) from error
-    reward_fn = reward_fn or run.prompter.task.reward
-    with _open_directory(run) as checkpoints:
-        _say_hello(run, examples, len(generated.train) - len(examples.train))
-        summary = _phases(run, examples, checkpoints, reward_fn, began)
-    write_json(run.directory / "summary.json", summary)
-    picture = report.curves(run.directory)
-    title = f"{config.task.name}: before and after GRPO"
-    final_table(summary["before"], summary["after"], title=title)
-    console().print(f"results: {run.directory}   curves: {picture}")
-    return summary
+    return run, examples, len(generated.train) - len(examples.train)
 
 
 def _phases(run: Run, examples: Examples, checkpoints, reward_fn: RewardFn, began: float) -> dict:
@@ -64,7 +74,9 @@ def _phases(run: Run, examples: Examples, checkpoints, reward_fn: RewardFn, bega
     config = run.config
     params, frozen = initial_params(run)
     run = dataclasses.replace(run, frozen=frozen)
-    params, cached = warm_up(run, params, examples.train, cache_directory())
+    # Several processes read and write one cache, in the folder that they share anyway.
+    cache = cache_directory() if jax.process_count() == 1 else run.directory / "cache"
+    params, cached = warm_up(run, params, examples.train, cache)
     warmed = time.perf_counter()
     evaluator = build_evaluator(
         run.policy,
@@ -92,6 +104,7 @@ def _phases(run: Run, examples: Examples, checkpoints, reward_fn: RewardFn, bega
         lambda s: evaluator(run.join(s.params), heldout),
         reference,
     )
+    iterator.close()
     grpo_ended = time.perf_counter()
     after = _evaluate_all(evaluator, run.join(state.params), examples)
     return {
@@ -112,7 +125,14 @@ def _phases(run: Run, examples: Examples, checkpoints, reward_fn: RewardFn, bega
 def _resume(run: Run, examples: Examples, checkpoints, state: TrainState):
     """(steps done, state, data iterator): of the newest checkpoint, or of a start."""
     config = run.config
-    iterator = data.batches(examples.train, config.grpo.prompts, config.train.seed)
+    iterator = data.batches(
+        examples.train,
+        config.grpo.prompts,
+        config.train.seed,
+        part=jax.process_index(),
+        parts=jax.process_count(),
+        workers=config.train.data_workers,
+    )
     restored = checkpoint.restore(checkpoints, state)
     if restored is None:
         return 0, state, iterator
@@ -133,13 +153,20 @@ def _open_directory(run: Run):
     key = jax.ShapeDtypeStruct((), jax.random.key(0).dtype)
     params = jax.eval_shape(run.programs.init_trainable, key)
     checkpoint.check(checkpoints, jax.eval_shape(run.programs.init_state, params))
+    distributed.together(_keep_config, run, checkpoints)
+    return checkpoints
+
+
+def _keep_config(run: Run, checkpoints) -> None:
+    """Writes the settings down, and says which differ from those of before."""
+    if not distributed.first():
+        return
     before = run.directory / "config.yaml"
     if checkpoints.latest_step() is not None and before.exists():
         changed = _changed_keys(settings.load_yaml(before), settings.to_dict(run.config))
         if changed:
             console().print(f"going on with other settings than before: {', '.join(changed)}")
     settings.save_yaml(run.config, run.directory / "config.yaml")
-    return checkpoints
 
 
 def _changed_keys(old: dict, new: dict, prefix: str = "") -> list[str]:
@@ -162,11 +189,14 @@ def _evaluate_all(evaluator, params, examples: Examples) -> dict[str, float]:
 
 def _say_hello(run: Run, examples: Examples, dropped: int) -> None:
     size = _count(run.policy.model.abstract_params())
-    device = jax.devices()[0]
+    device, processes = jax.devices()[0], jax.process_count()
+    places = f"{jax.device_count()} {device.platform} device(s)"
+    if processes > 1:
+        places += f" of {processes} processes"
     recipe, why = run.recipe
     console().print(
-        f"{run.config.task.name}: {size / 1e6:.2f} M parameters on {jax.device_count()} "
-        f"{device.platform} device(s), rollouts in {recipe}, "
+        f"{run.config.task.name}: {size / 1e6:.2f} M parameters on {places}, "
+        f"rollouts in {recipe}, "
         f"{len(examples.train)} problems to train on, {len(examples.heldout)} held out"
     )
     if why:

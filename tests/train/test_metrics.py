@@ -101,6 +101,8 @@ def test_tensorboard_holds_the_same_values_under_grouped_tags(tmp_path):
         "truncated_fraction": "rollout/truncated_fraction",
         "rollout_seconds": "time/rollout_seconds",
         "tokens_per_second": "time/tokens_per_second",
+        "train_mfu": "time/train_mfu",
+        "host_peak_gib": "memory/host_peak_gib",
         "own_metric": "own_metric",
     }
     values = {name: (i + 1) / 4 for i, name in enumerate(names)}

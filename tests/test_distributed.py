@@ -1,0 +1,277 @@
+"""Several processes on one CPU: what they tell each other, and a run that equals that of one."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from ais_jax import config as config_lib
+from ais_jax import distributed, settings
+from ais_jax.errors import UserError
+from ais_jax.train.metrics import read_metrics
+
+LONGEST = 400  # seconds; a process that waits for another for ever must not hold up the tests
+VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+# Tiny models: most of the time would go into optimizing their programs.
+QUICK = "--xla_backend_optimization_level=0"
+
+TALK = """
+import sys
+
+import jax
+import numpy as np
+
+from ais_jax import distributed, mesh
+from ais_jax.errors import UserError
+
+me, told = int(sys.argv[1]), sys.argv[2:]
+distributed.start(*told[:1], *map(int, told[1:]))
+assert (jax.process_count(), jax.process_index(), distributed.first()) == (2, me, me == 0)
+numbers, flags = distributed.gather((np.arange(2) + 10 * me, np.array([me == 1])))
+assert numbers.tolist() == [0, 1, 10, 11] and flags.tolist() == [False, True]
+assert distributed.share(6) == slice(3 * me, 3 * me + 3)
+assert distributed.agreed(f"runs/\\u03c0 {me}") == "runs/\\u03c0 0"
+
+rows = mesh.batch_sharding(mesh.make_mesh(mesh.MeshConfig()))
+x = np.arange(8).reshape(4, 2)
+placed = distributed.put(x, rows)
+assert placed.shape == (4, 2) and not placed.is_fully_addressable
+np.testing.assert_array_equal(placed.addressable_data(0), x[2 * me : 2 * me + 2])
+keys = jax.random.split(jax.random.key(3), 4)
+draw = jax.vmap(jax.random.bits)
+np.testing.assert_array_equal(
+    draw(distributed.put(keys, rows)).addressable_data(0), draw(keys)[2 * me : 2 * me + 2]
+)
+
+
+def fails_in_one():
+    if me == 1:
+        raise ZeroDivisionError("no such row")
+
+
+try:
+    distributed.together(fails_in_one)
+except (UserError, ZeroDivisionError) as error:
+    print(type(error).__name__, error)
+assert distributed.together(lambda: me) == me
+"""
+
+
+JOB = """
+import sys
+
+import ais_jax
+from ais_jax import config, distributed
+
+name, steps, *told = sys.argv[1:]
+distributed.start(*told[:1], *map(int, told[1:]))
+job = config.load("job.yaml", [f"output_dir={name}", f"train.steps={steps}"])
+ais_jax.train(job, lambda completions, examples: [len(set(text)) for text in completions])
+"""
+
+
+def port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def launch(commands, cwd, environments=({}, {}, {}, {})):
+    """Runs commands at the same time, with one CPU device each: [(exit code, stdout, stderr)]."""
+    plain = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    started = [
+        subprocess.Popen(
+            [sys.executable, *map(str, command)],
+            cwd=cwd,
+            env=plain | environment,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+        for command, environment in zip(commands, environments, strict=False)
+    ]
+    try:
+        outputs = [process.communicate(timeout=LONGEST) for process in started]
+    finally:
+        for process in started:
+            process.kill()
+    return [
+        (process.returncode, _own(out), err)
+        for process, (out, err) in zip(started, outputs, strict=True)
+    ]
+
+
+def _own(text):
+    """Without what the library of collectives says on the standard output."""
+    lines = text.splitlines(keepends=True)
+    return "".join(line for line in lines if not line.startswith("[Gloo]"))
+
+
+def slurm(number, count):
+    """What SLURM tells a task."""
+    return {
+        "SLURM_JOB_ID": "7",
+        "SLURM_STEP_NODELIST": "127.0.0.1",
+        "SLURM_NTASKS": str(count),
+        "SLURM_PROCID": str(number),
+        "SLURM_LOCALID": "0",
+    }
+
+
+@pytest.mark.parametrize("found_by", ["flags", "variables", "slurm"])
+def test_processes_agree_share_and_stop_together(tmp_path, found_by):
+    (tmp_path / "talk.py").write_text(TALK)
+    number, commands = port(), [["talk.py", i] for i in range(2)]
+    environments: list[dict[str, str]] = [{}, {}]
+    for i in range(2):
+        told = [f"127.0.0.1:{number}", "2", str(i)]
+        if found_by == "flags":
+            commands[i] += told
+        elif found_by == "variables":
+            environments[i] = dict(zip(VARIABLES, told, strict=True))
+        else:
+            environments[i] = slurm(i, 2) | {"JAX_COORDINATOR_PORT": str(number)}
+    first, second = launch(commands, tmp_path, environments)
+    assert first[0] == second[0] == 0, first[2] + second[2]
+    assert first[1] == "UserError process 1 has failed; its own output says why\n"
+    assert second[1] == "ZeroDivisionError no such row\n"
+
+
+@pytest.fixture(scope="module")
+def config():
+    """A job of a few seconds with all that processes have to agree on."""
+    return settings.build(
+        config_lib.Config,
+        {
+            "model": {
+                "qwen3": {
+                    "hidden_size": 32,
+                    "intermediate_size": 64,
+                    "num_hidden_layers": 1,
+                    "num_attention_heads": 4,
+                    "num_key_value_heads": 2,
+                    "head_dim": 8,
+                }
+            },
+            "task": {
+                "train_examples": 128,
+                "heldout_examples": 16,
+                "countdown": {"max_number": 12, "listed_in_order": True},
+            },
+            "warmup": {"steps": 10, "batch_size": 64},
+            "rollout": {"max_prompt_tokens": 16, "max_new_tokens": 10},
+            "grpo": {
+                "batch_size": 32,
+                "group_size": 4,
+                "minibatches": 2,
+                "kl_coef": 0.1,
+                "dynamic_sampling": True,
+                "dynamic_sampling_rounds": 2,
+            },
+            "train": {"steps": 3, "dtype": "float32", "eval_batch_size": 16, "samples_every": 1},
+        },
+    )
+
+
+def test_processes_and_devices_do_not_change_what_is_learned(config, tmp_path):
+    """One process, two, and eight devices; and one goes on where two have stopped."""
+    settings.save_yaml(config, tmp_path / "job.yaml")
+    (tmp_path / "job.py").write_text(JOB)
+    address = f"127.0.0.1:{port()}"
+    cached = {"XDG_CACHE_HOME": str(tmp_path / "cache"), "XLA_FLAGS": QUICK}
+    eight = {**cached, "XLA_FLAGS": f"{QUICK} --xla_force_host_platform_device_count=8"}
+    runs = launch(
+        [*(["job.py", "two", 2, address, 2, i] for i in range(2)), ["job.py", "one", 2]],
+        tmp_path,
+        [cached] * 3,
+    )
+    runs += launch([["job.py", "eight", 2]], tmp_path, [eight])
+    assert [code for code, _, _ in runs] == [0] * 4, "".join(err for _, _, err in runs)
+    assert "2 cpu device(s) of 2 processes" in runs[0][1]
+    assert runs[1][1] == ""  # process 0 alone prints
+    one, two, devices = (
+        read_metrics(tmp_path / name / "metrics.jsonl") for name in ("one", "two", "eight")
+    )
+    assert len(one) == len(two) == len(devices) == 2
+    assert all(row["grad_norm"] > 0 for row in one)
+    for name in ("loss", "reward", "entropy", "grad_norm", "tokens"):
+        values = [row[name] for row in one]
+        np.testing.assert_allclose([row[name] for row in two], values, rtol=1e-6, err_msg=name)
+        np.testing.assert_allclose([row[name] for row in devices], values, rtol=1e-5, err_msg=name)
+    samples = [(tmp_path / name / "samples.jsonl").read_text() for name in ("one", "two")]
+    assert samples[0] == samples[1]
+    summaries = [
+        json.loads((tmp_path / name / "summary.json").read_text()) for name in ("one", "two")
+    ]
+    assert summaries[0]["after"] == summaries[1]["after"]
+
+    more = launch([["job.py", name, 3] for name in ("one", "two")], tmp_path, [cached] * 2)
+    assert all("going on after step 2" in out for _, out, _ in more), more[0][2] + more[1][2]
+    last = [read_metrics(tmp_path / name / "metrics.jsonl")[2] for name in ("one", "two")]
+    assert last[0]["reward"] == last[1]["reward"]  # the same problems came next
+    assert last[0]["loss"] == pytest.approx(last[1]["loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize("task", [{}, slurm(0, 1)], ids=["plain", "only task"])
+def test_a_single_process_is_left_alone(tmp_path, task):
+    code = (
+        "import jax; from ais_jax import distributed; distributed.start();"
+        "print(jax.distributed.is_initialized(), jax.process_count())"
+    )
+    (done,) = launch([["-c", code]], tmp_path, [task])
+    assert done[1] == "False 1\n", done[2]
+
+
+@pytest.mark.parametrize(
+    ("told", "environment", "message"),
+    [
+        (("localhost", 2, 0), {}, "--coordinator=localhost must be host:port"),
+        (("localhost:1", None, None), {}, "--processes and --process-id missing"),
+        ((None, 2, None), {}, "--coordinator and --process-id missing"),
+        (("localhost:1", 2, 2), {}, "--process-id=2 must be from 0"),
+        (("localhost:1", 2, -1), {}, "--process-id=-1 must be from 0"),
+        (("localhost:1", 0, 0), {}, "--processes=0 must be at least 1"),
+        ((None, None, None), {"JAX_NUM_PROCESSES": "two"}, "JAX_NUM_PROCESSES='two' is no whole"),
+        ((None, None, None), {"JAX_PROCESS_ID": "1"}, "--coordinator and --processes missing"),
+    ],
+)
+def test_what_does_not_fit_together_is_told(monkeypatch, told, environment, message):
+    for name in (*distributed._LAUNCHERS, *VARIABLES):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(distributed.importlib.util, "find_spec", lambda name: None)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=message):
+        distributed.start(*told)
+    assert not jax.distributed.is_initialized()
+
+
+def test_prompts_that_processes_cannot_share_are_refused(config):
+    config.check_devices(8, processes=8)
+    with pytest.raises(ValueError, match=r"group_size=8 prompts .* the 3 processes"):
+        config.check_devices(8, processes=3)
+
+
+def test_one_process_keeps_everything():
+    x = np.arange(3)
+    assert distributed.gather(x) is x
+    assert distributed.share(3) == slice(0, 3)
+    assert distributed.agreed("a") == "a"
+    with pytest.raises(KeyError):
+        distributed.together({}.__getitem__, "absent")
+
+
+def test_a_pod_that_cannot_find_the_others_does_not_run_alone(tmp_path):
+    code = (
+        "from ais_jax import distributed, errors\n"
+        "distributed.start(processes=1)\n"
+        "try: distributed.start()\n"
+        "except errors.UserError as error: print(error)"
+    )
+    (done,) = launch([["-c", code]], tmp_path, [{"JOB_COMPLETION_INDEX": "0"}])
+    assert done[1].startswith("jax cannot find the other pods of this indexed job"), done[2]
