@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import logging
 import pathlib
 import shutil
 import zlib
@@ -64,6 +65,7 @@ class Keeper:
     def __init__(self, checkpoints: ocp.CheckpointManager, warn: Callable[[str], None]):
         self._checkpoints, self._warn = checkpoints, warn
         self._saving: int | None = None
+        logging.getLogger("asyncio").addFilter(_said_once)
 
     def save(self, saved: Saved) -> None:
         """Begins to save, unless that step is saved or being saved."""
@@ -102,8 +104,13 @@ class Keeper:
         left = "there is none before" if newest is None else f"the newest is of step {newest}"
         self._warn(
             f"THE CHECKPOINT OF STEP {step} WAS NOT SAVED, {left}: {_short(error)}; "
-            f"make room in {directory}"
+            f"the run goes on, look after {directory}"
         )
+
+
+def _said_once(record: logging.LogRecord) -> bool:
+    """Without the pages on every array that a failed save has not written."""
+    return "orbax-checkpoint-tmp" not in record.getMessage()
 
 
 def restore(

@@ -140,7 +140,8 @@ class MetricsWriter:
 
     def _append(self, path: pathlib.Path, rows: Iterable[Mapping[str, Any]]) -> None:
         """Appends whole lines or, where the disk is full, none."""
-        data = self._waiting.pop(path, b"") + b"".join(_encode(row) + b"\n" for row in rows)
+        before = self._waiting.pop(path, b"")
+        data = before + b"".join(_encode(row) + b"\n" for row in rows)
         try:
             with open(path, "ab", buffering=0) as file:
                 length, rest = file.tell(), memoryview(data)
@@ -152,7 +153,8 @@ class MetricsWriter:
                     raise
         except OSError as error:
             self._waiting[path] = data
-            self._warn(f"{path} cannot be written: {error.strerror}; its lines wait for room")
+            if not before:
+                self._warn(f"{path} cannot be written: {error.strerror}; its lines wait for room")
 
 
 def read_metrics(path: PathLike) -> list[dict[str, Any]]:

@@ -69,10 +69,19 @@ def train(
     with phases.listening(), rewarder, _open_directory(run, resume) as checkpoints:
         _say_hello(run, examples, len(generated.train) - len(examples.train))
         summary = _stages(run, examples, checkpoints, rewarder, phases, began)
-    write_json(run.directory / "summary.json", summary)
-    picture = report.curves(run.directory)
+        newest = checkpoints.latest_step()
     title = f"{config.task.name}: before and after GRPO"
     final_table(summary["before"], summary["after"], title=title)
+    try:
+        write_json(run.directory / "summary.json", summary)
+        picture = report.curves(run.directory)
+    except OSError as error:
+        raise UserError(f"{run.directory} cannot be written: {error.strerror or error}") from error
+    if newest is None or newest < config.train.steps:
+        raise UserError(
+            f"the last checkpoint is not saved, the newest in {run.directory} is of step {newest}; "
+            "look after the disk and start again, to go on from there"
+        )
     console().print(f"results: {run.directory}   curves: {picture}")
     return summary
 

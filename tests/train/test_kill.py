@@ -34,6 +34,7 @@ class Job:
 
     def __init__(self, folder: pathlib.Path):
         self.run, self.file = folder / "run", folder / "config.yaml"
+        self.torn = 0  # kills that have left a half-written checkpoint
         sections = {
             "model": {
                 "qwen3": {
@@ -99,16 +100,13 @@ class Job:
         self.kill(process)
 
     def kill_in_a_save(self, rng: random.Random) -> None:
-        """As soon as the folder of a checkpoint that is being written is seen."""
-        before = {path.name for path in self.half_written()}
-        process = self.start()
-
-        def seen():
-            return any(path.name not in before for path in self.half_written())
-
-        wait(lambda: seen() or process.poll() is not None, pause=0)
+        """While the folder of a checkpoint that is being written is there."""
+        before, process = self.half_written(), self.start()
+        wait(lambda: process.poll() is not None or not any(path.exists() for path in before))
+        wait(lambda: process.poll() is not None or self.half_written(), pause=0)
         time.sleep(rng.random() * 0.005)
         self.kill(process)
+        self.torn += bool(self.half_written())
 
     def kill_at_the_start(self, rng: random.Random) -> None:
         """At a random moment of the first seconds: imports, compilation, reading the checkpoint."""
@@ -183,5 +181,6 @@ def test_killed_ten_times(whole, tmp_path):
     kinds = [parts.kill_in_training, parts.kill_in_a_save, parts.kill_at_the_start]
     for i in range(10):
         kinds[i % 3](rng)
+    assert parts.torn > 0
     parts.finish()
     assert_equal(parts, whole)
