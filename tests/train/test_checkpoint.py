@@ -1,5 +1,6 @@
 """Checkpoints that are damaged, that do not fit on the disk, and those of another mesh."""
 
+import gc
 import pathlib
 import resource
 import shutil
@@ -18,6 +19,13 @@ from ais_jax.train.state import Calibration, TrainState
 
 # Orbax reads arrays at the same time, and forgets the others when one of them fails.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
+
+@pytest.fixture(autouse=True)
+def forget_here():
+    """What Orbax forgets is found by the garbage collection, here and in no other test."""
+    yield
+    gc.collect()
 
 
 def state_of(step: int, rows: int = 16) -> TrainState:
