@@ -93,7 +93,8 @@ def train_grpo(
                     writer.write_samples(step, _samples(sampled, config.grpo.group_size))
                 progress.update(step, metrics)
                 watch = _guarded(run, watch, step, metrics, warn)
-                last = checkpoint.Saved(step, state, _host(config, iterator, writer, watch))
+                known = _host(config, iterator, writer, watch)
+                last = checkpoint.Saved(step, state, {**start.host, **known})
                 keeper.look()
                 if int(state.skipped) >= config.train.max_skipped_updates:
                     raise UserError(_stuck(run, last, sampled, keeper))

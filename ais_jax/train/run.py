@@ -104,13 +104,15 @@ def _stages(
         config.train.eval_max_new_tokens or config.rollout.max_new_tokens,
         config.train.seed,
     )
-    with phases.interruptible():
-        before = _evaluate_all(evaluator, run.join(params), examples)
     reference = params if config.grpo.kl_coef else None
     state = run.programs.init_state(params)
     del params  # without a KL term nothing else needs them
     start, iterator = _resume(run, examples, checkpoints, state)
     del state
+    if start.step == 0:
+        with phases.interruptible():
+            before = _evaluate_all(evaluator, run.join(start.state.params), examples)
+        start = start._replace(host={"before": before})
 
     grpo_began = time.perf_counter()
     heldout = examples.heldout
@@ -128,7 +130,7 @@ def _stages(
     with phases.interruptible():
         after = _evaluate_all(evaluator, run.join(state.params), examples)
     return {
-        "before": before,
+        "before": start.host["before"],
         "after": after,
         "warmup_cached": cached,
         "seconds": {

@@ -119,9 +119,10 @@ def test_a_run_writes_what_it_promises(job, capsys):
 def test_interrupted_and_resumed_equals_uninterrupted(job):
     make, folder = job
     kl = {"grpo.kl_coef": 0.1}  # its reference is the policy before GRPO, also after a restart
-    ais_jax.train(make("whole", **kl), varied)
+    summary = ais_jax.train(make("whole", **kl), varied)
     ais_jax.train(make("parts", **kl, **{"train.steps": 2}), varied)
-    ais_jax.train(make("parts", **kl), varied)
+    again = ais_jax.train(make("parts", **kl), varied)
+    assert all(again[name] == summary[name] for name in ("before", "after"))
     whole, parts = (metrics_of(folder / name) for name in ("whole", "parts"))
     assert whole == parts
     assert all(row["codes_changed"] > 0 for row in whole)
