@@ -1,6 +1,8 @@
 """Whole runs of a very small job: files, resume, a user's reward, options of the loop."""
 
 import json
+import signal
+import time
 
 import jax
 import numpy as np
@@ -156,6 +158,40 @@ def test_a_run_that_dies_goes_on_from_its_last_checkpoint(job, capsys):
     whole, parts = (metrics_of(folder / name) for name in ("whole", "parts"))
     assert whole == parts
     assert [row["step"] for row in whole if "eval_accuracy" in row] == [2, 4, 6]
+
+
+def test_told_to_leave_in_the_middle_of_a_step(job):
+    make, folder = job
+    ais_jax.train(make("whole"), varied)
+    calls = []
+
+    def told_in_step_3(completions, examples):
+        calls.append(None)
+        if len(calls) == 3:
+            signal.raise_signal(signal.SIGTERM)
+        return varied(completions, examples)
+
+    with pytest.raises(SystemExit) as caught:
+        ais_jax.train(make("parts"), told_in_step_3)
+    assert caught.value.code == 143
+    assert [path.name for path in (folder / "parts" / "checkpoints").glob("[0-9]*")] == ["2"]
+    ais_jax.train(make("parts"), varied)
+    assert metrics_of(folder / "parts") == metrics_of(folder / "whole")
+
+
+def test_a_phase_that_hangs_is_named(job, capsys):
+    make, _ = job
+    said = [""]
+
+    def hangs_until_it_is_named(completions, examples):
+        end = time.monotonic() + 60
+        while "reward has not ended" not in said[0] and time.monotonic() < end:
+            said[0] += capsys.readouterr().out
+        return varied(completions, examples)
+
+    config = make(**{"train.steps": 1, "warmup.steps": 0, "train.watchdog_seconds": 0.05})
+    ais_jax.train(config, hangs_until_it_is_named)
+    assert "warning: reward has not ended for" in said[0]
 
 
 def test_a_checkpoint_of_another_model_is_refused(job):
