@@ -14,7 +14,10 @@ from ais_jax.errors import UserError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command; returns the exit code: 0, or 2 after an error of one line."""
+    """Runs a command; returns the exit code: 0, or 2 after an error of one line.
+
+    A training run that is told to leave by SIGTERM raises SystemExit(143) once it is saved.
+    """
     parser = argparse.ArgumentParser(
         prog="ais-jax", description="GRPO with quantized rollouts, corrected by AIS."
     )
@@ -51,6 +54,13 @@ def _add_train(commands) -> None:
         "overrides", nargs="*", metavar="key=value", help="settings that replace those of the file"
     )
     _add_processes(train)
+    train.add_argument(
+        "--resume",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="go on from the newest checkpoint in output_dir (default); --no-resume begins again, "
+        "and renames what is there",
+    )
     train.add_argument("-h", "--help", action=_TrainHelp)
     train.set_defaults(run=_train)
 
@@ -95,7 +105,7 @@ def _train(args) -> int:
     config = config_lib.load(args.config, args.overrides)
     distributed.start(args.coordinator, args.processes, args.process_id)
     _keep_compiled()
-    train(config, name=pathlib.Path(args.config).stem)
+    train(config, name=pathlib.Path(args.config).stem, resume=args.resume)
     return 0
 
 

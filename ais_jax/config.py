@@ -268,7 +268,8 @@ class TrainConfig:
         choices=("bfloat16", "float32"),
     )
     remat: bool = setting(False, "recompute each block in the backward pass to save memory")
-    checkpoint_every: int = setting(0, "steps between checkpoints; 0 saves at the end alone")
+    checkpoint_every: int = setting(50, "steps between checkpoints; 0 saves at the end alone")
+    checkpoint_keep: int = setting(2, "newest checkpoints that are kept")
     eval_every: int = setting(0, "steps between held-out evaluations; 0 evaluates before and after")
     eval_batch_size: int = setting(256, "completions a batch in evaluation")
     eval_max_new_tokens: int | None = setting(
@@ -282,6 +283,14 @@ class TrainConfig:
     wandb: str | None = setting(
         None, "project of Weights & Biases that metrics go to as well; null is none"
     )
+    reward_timeout: float = setting(
+        120.0,
+        "seconds that the rewards of a batch may take; after that its rows are asked one by one, "
+        "and one that takes as long has no reward",
+    )
+    watchdog_seconds: float = setting(
+        600.0, "seconds after which a phase that has not ended is named; 0 is off"
+    )
 
     def __post_init__(self):
         at_least(
@@ -292,8 +301,12 @@ class TrainConfig:
             "eval_max_new_tokens",
             "samples_every",
             "max_skipped_updates",
+            "checkpoint_keep",
         )
         at_least(self, 0, "seed", "checkpoint_every", "eval_every", "data_workers")
+        at_least(self, 0, "watchdog_seconds")
+        if self.reward_timeout <= 0:
+            raise ValueError(f"reward_timeout={self.reward_timeout} must be above 0")
 
 
 def _section(cls, doc: str):

@@ -17,6 +17,7 @@ from ais_jax.models import Model, Params, cast_params, from_pretrained
 from ais_jax.models.checkpoint import tokenizer_of
 from ais_jax.models.tokenizers import Tokenizer, check_ids
 from ais_jax.train import checkpoint as run_checkpoint
+from ais_jax.train.display import console
 from ais_jax.train.setup import Run, build_run, initial_params
 
 
@@ -102,7 +103,8 @@ def open_run(folder: pathlib.Path) -> TrainedRun:
         jax.eval_shape(run.programs.init_trainable, jax.random.key(0)),
         run.programs.trainable_shardings,
     )
-    trained = run_checkpoint.load_trained(folder / "checkpoints", like)
+    warn = console(stderr=True).print
+    trained = run_checkpoint.load_trained(folder / "checkpoints", like, warn)
     model = run.policy.model
     return TrainedRun(run, trained, run.source.pretrained(model) if run.source else model)
 

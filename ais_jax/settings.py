@@ -144,8 +144,11 @@ def save_yaml(config: Any, path: str | os.PathLike) -> None:
       UserError: the file cannot be written.
     """
     text = yaml.safe_dump(to_dict(config), sort_keys=False, width=100)
+    path = pathlib.Path(path)
+    temporary = path.with_name(path.name + ".tmp")  # a run killed here leaves the old file whole
     try:
-        pathlib.Path(path).write_text(text, encoding="utf-8", newline="\n")
+        temporary.write_text(text, encoding="utf-8", newline="\n")
+        os.replace(temporary, path)
     except OSError as error:
         raise UserError(_line(str(path), f"cannot be written: {error.strerror}")) from None
 

@@ -192,8 +192,8 @@ def shares(options: Options) -> list[str]:
     text = (
         f"{options.setting} Decoding alone. Bytes are those that a step cannot do without: the "
         "weights once, and the keys and values of the tokens so far. Operations are those of the "
-        "products. Both as shares of what the machine reached in the same minutes, below: of reading "
-        "or copying, whichever was faster, and of a large product in the same format."
+        "products. Both as shares of what the machine reached in the same minutes, below: of "
+        "reading or copying, whichever was faster, and of a large product in the same format."
     )
     named = [(k, spread(v, 1)) for k, v in ceiling_figures(options, turns).items()]
     return [

@@ -74,7 +74,9 @@ def load(job: dict):
     run, params, iterator, reward = (configured if "config" in job else shaped)(job)
     policy = run.policy
     first = dataclasses.replace(policy, sampling=policy.sampling.resized(1))
-    carry = {"state": run.programs.init_state(params), "copy": None, "step": 0}
+    state = run.programs.init_state(params)
+    copy, _ = run.programs.refit(run.join(state.params), None)
+    carry = {"state": state, "copy": copy, "step": 0}
     mesh, size = run.programs.mesh, run.config.grpo.group_size
 
     def prefill(copy) -> float:
@@ -98,7 +100,7 @@ def load(job: dict):
             "phases": {**seconds, "prefill": prefill(copy)},
         }
 
-    step({})  # the first one compares no copies, the second compiles for that
+    step({})  # compiles
     return step, {"about": f"ais_jax, jax {jax.__version__}"}
 
 

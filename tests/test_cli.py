@@ -32,6 +32,7 @@ def test_help_lists_every_key_with_its_meaning():
     result = run("train", "--help")
     assert result.returncode == 0, result.stderr
     flat = " ".join(result.stdout.split())
+    assert "--no-resume" in flat
     for key, _, _, doc in settings.describe(Config):
         assert f" {key} (" in flat, key
         assert " ".join(doc.split()) in flat, key

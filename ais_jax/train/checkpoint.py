@@ -1,80 +1,245 @@
-"""Checkpoints by Orbax: the train state, the data iterator and the step are saved as one."""
+"""Checkpoints by Orbax: all that a run needs to go on as if it had not stopped is saved as one.
+
+A checkpoint holds the train state and `host`, what the host knows: position of the data iterator,
+lengths of the metrics' files, guards, settings. Orbax writes it beside the training, into a folder
+that gets its name when all is there, so a killed run leaves whole checkpoints only. Damage done
+later is found by digests.
+"""
 
 from __future__ import annotations
 
+import itertools
 import json
+import logging
 import pathlib
-from typing import NamedTuple
+import shutil
+import zlib
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 
 from ais_jax.errors import UserError
 from ais_jax.models import Params
 from ais_jax.train.state import TrainState
 
 
-class Restored(NamedTuple):
-    """A checkpoint's content."""
+class Saved(NamedTuple):
+    """A run after `step` steps."""
 
     step: int
     state: TrainState
-    iterator: dict
+    host: dict[str, Any]  # what JSON can hold; whole numbers also of NumPy
 
 
 def manager(directory: pathlib.Path, keep: int = 2) -> ocp.CheckpointManager:
-    """Saves into `directory`/<step>, atomically, keeping the newest `keep`."""
-    options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
+    """Saves into `directory`/<step>, atomically, keeping the newest `keep`.
+
+    What a killed run has left half-written is removed.
+    """
+    options = ocp.CheckpointManagerOptions(
+        max_to_keep=keep, create=True, cleanup_tmp_directories=True
+    )
     return ocp.CheckpointManager(directory.absolute(), options=options)
 
 
-def save(checkpoints: ocp.CheckpointManager, step: int, state: TrainState, iterator: dict) -> None:
-    """Saves after `step` steps; returns when the state may be changed again."""
-    position = json.loads(json.dumps(iterator, default=int))  # NumPy integers become numbers
-    meta = {"iterator": position, "shapes": _shapes(state)}
+def save(checkpoints: ocp.CheckpointManager, saved: Saved) -> None:
+    """Begins to save; returns when the state may be given away again."""
+    host = json.loads(json.dumps(saved.host, default=int))  # NumPy integers become numbers
+    meta = {"host": host, "shapes": _shapes(saved.state), "digests": _digests(saved.state)}
+    meta["crc"] = _crc(meta)
     checkpoints.save(
-        step,
-        args=ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta)),
+        saved.step,
+        args=ocp.args.Composite(
+            state=ocp.args.StandardSave(saved.state), meta=ocp.args.JsonSave(meta)
+        ),
     )
 
 
-def restore(checkpoints: ocp.CheckpointManager, like: TrainState) -> Restored | None:
-    """The newest checkpoint, in the shardings of `like`; None where there is none.
+class Keeper:
+    """Saves checkpoints while a run trains. A save that fails is told, and the run goes on."""
+
+    def __init__(self, checkpoints: ocp.CheckpointManager, warn: Callable[[str], None]):
+        self._checkpoints, self._warn = checkpoints, warn
+        self._saving: int | None = None
+        logging.getLogger("asyncio").addFilter(_said_once)
+
+    def save(self, saved: Saved) -> None:
+        """Begins to save, unless that step is saved or being saved."""
+        if self._saving == saved.step or saved.step in self._checkpoints.all_steps():
+            return
+        self.finish()
+        try:
+            self._saving = saved.step
+            save(self._checkpoints, saved)
+        except Exception as error:
+            self._tell(error)
+
+    def look(self) -> None:
+        """Tells whether a save that has ended has failed; waits for none."""
+        if self._saving is not None and not self._checkpoints.is_saving_in_progress():
+            self.finish()
+
+    def finish(self) -> None:
+        """Waits for the save that goes on, if one does."""
+        if self._saving is not None:
+            try:
+                self._checkpoints.wait_until_finished()
+                self._saving = None
+            except Exception as error:
+                self._tell(error)
+
+    def _tell(self, error: Exception) -> None:
+        """Says that a save has failed, and gives back the room that its beginning takes."""
+        step, self._saving = self._saving, None
+        directory = pathlib.Path(self._checkpoints.directory)
+        if jax.process_index() == 0:
+            for path in directory.glob(f"{step}.orbax-checkpoint-tmp*"):
+                shutil.rmtree(path, ignore_errors=True)
+        self._checkpoints.reload()
+        newest = self._checkpoints.latest_step()
+        left = "there is none before" if newest is None else f"the newest is of step {newest}"
+        self._warn(
+            f"THE CHECKPOINT OF STEP {step} WAS NOT SAVED, {left}: {_short(error)}; "
+            f"the run goes on, look after {directory}"
+        )
+
+
+def _said_once(record: logging.LogRecord) -> bool:
+    """Without the pages on every array that a failed save has not written."""
+    return "orbax-checkpoint-tmp" not in record.getMessage()
+
+
+def restore(
+    checkpoints: ocp.CheckpointManager, like: TrainState, warn: Callable[[str], None]
+) -> Saved | None:
+    """The newest checkpoint that is whole, in the shardings of `like`; None where there is none.
+
+    Damaged ones that are newer are renamed, so that their steps can be saved again.
+
+    Args:
+      like: the configured state, or its shapes with shardings.
+      warn: is told of damaged checkpoints.
 
     Raises:
-      UserError: the checkpoint does not fit the configured model or optimizer.
+      UserError: the checkpoint does not fit the configured model or optimizer, or all are damaged.
     """
-    meta = check(checkpoints, like)
-    step = checkpoints.latest_step()
-    if meta is None or step is None:
-        return None
-    target = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
-    restored = checkpoints.restore(
-        step, args=ocp.args.Composite(state=ocp.args.StandardRestore(target))
-    )
-    return Restored(step, restored.state, meta["iterator"])
+    steps = sorted(checkpoints.all_steps(), reverse=True)
+    for step in steps:
+        path = pathlib.Path(checkpoints.directory) / str(step)
+        try:
+            meta = _meta(checkpoints, step)
+            _check_shapes(meta["shapes"], _shapes(like), path)
+            target = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
+            args = ocp.args.Composite(state=ocp.args.StandardRestore(target))
+            state = checkpoints.restore(step, args=args).state
+            _check_digests(meta["digests"], _digests(state))
+            return Saved(step, state, meta["host"])
+        except Exception as error:
+            _raise_unless_damage(error)
+            target = _set_aside(path)
+            checkpoints.reload()
+            warn(
+                f"checkpoint {path} is damaged: {_short(error)}; it is kept as {target.name}, and "
+                "the one before is taken"
+            )
+    if steps:
+        raise UserError(
+            f"no checkpoint in {checkpoints.directory} can be read; start again with --no-resume, "
+            "or in another output_dir"
+        )
+    return None
 
 
-def check(checkpoints: ocp.CheckpointManager, like: TrainState) -> dict | None:
-    """What the newest checkpoint says of itself; None where there is none.
+def check(checkpoints: ocp.CheckpointManager, like: TrainState) -> None:
+    """Whether the newest checkpoint that says something of itself fits; says nothing of damage.
 
     Args:
       like: the configured state, or its shapes alone.
 
     Raises:
-      UserError: the checkpoint does not fit it.
+      UserError: it does not.
     """
-    step = checkpoints.latest_step()
-    if step is None:
-        return None
+    for step in sorted(checkpoints.all_steps(), reverse=True):
+        try:
+            shapes = _meta(checkpoints, step)["shapes"]
+        except Exception as error:
+            _raise_unless_damage(error)
+            continue
+        _check_shapes(shapes, _shapes(like), checkpoints.directory / str(step))
+        return
+
+
+def load_trained(
+    directory: pathlib.Path, like: Params, warn: Callable[[str], None] = lambda text: None
+) -> Params:
+    """What the newest whole checkpoint of a run has trained, without the optimizer's state.
+
+    Args:
+      directory: the run's checkpoints; nothing in it is changed.
+      like: shapes, dtypes and shardings.
+      warn: is told of damaged checkpoints, which are passed over.
+
+    Raises:
+      UserError: there is no checkpoint, or it does not fit.
+    """
+    with ocp.CheckpointManager(directory.absolute()) as checkpoints:
+        for step in sorted(checkpoints.all_steps(), reverse=True):
+            path = checkpoints.directory / str(step)
+            try:
+                return _read_trained(checkpoints, step, like)
+            except Exception as error:
+                _raise_unless_damage(error)
+                warn(f"checkpoint {path} is damaged: {_short(error)}; taking the one before")
+    raise UserError(f"{directory} holds no finished checkpoint that can be read")
+
+
+def _read_trained(checkpoints: ocp.CheckpointManager, step: int, like: Params) -> Params:
+    meta = _meta(checkpoints, step)
+    item = {"params": like}
+
+    def stored(kind: str) -> dict:
+        return {k: v for k, v in meta[kind].items() if k.startswith(".params")}
+
+    expected = {f".params{k}": v for k, v in _shapes(like).items()}
+    _check_shapes(stored("shapes"), expected, checkpoints.directory / str(step))
+    restore = ocp.args.PyTreeRestore(
+        item=item,
+        restore_args=ocp.checkpoint_utils.construct_restore_args(item),
+        partial_restore=True,
+    )
+    params = checkpoints.restore(step, args=ocp.args.Composite(state=restore)).state["params"]
+    _check_digests(stored("digests"), {f".params{k}": v for k, v in _digests(params).items()})
+    return params
+
+
+def _meta(checkpoints: ocp.CheckpointManager, step: int) -> dict:
     meta = checkpoints.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
-    _check_shapes(meta["shapes"], _shapes(like), checkpoints.directory / str(step))
+    if meta.pop("crc") != _crc(meta):
+        raise ValueError("other metadata than was saved")
     return meta
 
 
-def _shapes(state: TrainState | Params) -> dict[str, list[int]]:
-    leaves = jax.tree_util.tree_leaves_with_path(state)
-    return {jax.tree_util.keystr(path): list(leaf.shape) for path, leaf in leaves}
+def _crc(meta: dict) -> int:
+    return zlib.crc32(json.dumps(meta, sort_keys=True).encode())
+
+
+def _raise_unless_damage(error: Exception) -> None:
+    """Damage shows as any exception: Orbax raises plain ones, too. A full memory says nothing."""
+    if isinstance(error, UserError | MemoryError | jax.errors.JaxRuntimeError):
+        raise error
+
+
+def _leaves(tree) -> dict[str, Any]:
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path): leaf for path, leaf in leaves}
+
+
+def _shapes(tree) -> dict[str, list[int]]:
+    return {name: list(leaf.shape) for name, leaf in _leaves(tree).items()}
 
 
 def _check_shapes(stored: dict, expected: dict, path) -> None:
@@ -87,31 +252,52 @@ def _check_shapes(stored: dict, expected: dict, path) -> None:
             )
 
 
-def load_trained(directory: pathlib.Path, like: Params) -> Params:
-    """What the newest checkpoint of a run has trained, without the optimizer's state.
+def _digests(tree) -> dict[str, int]:
+    """A number for the bits of each leaf, the same on any mesh."""
+    return {name: int(value) for name, value in jax.device_get(_digest(_leaves(tree))).items()}
 
-    Args:
-      directory: the run's checkpoints.
-      like: shapes, dtypes and shardings.
 
-    Raises:
-      UserError: there is no checkpoint, or it does not fit.
+@jax.jit
+def _digest(leaves: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """[] uint32 by name: sum of (2 i + 1) times the bits of element i, modulo 2^32.
+
+    The odd factors make every change of a single element, and most exchanges, change the sum, which
+    integers let devices add up in any order.
     """
-    with ocp.CheckpointManager(directory.absolute()) as checkpoints:
-        step = checkpoints.latest_step()
-        if step is None:
-            raise UserError(f"{directory} holds no finished checkpoint")
-        meta = checkpoints.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
-        item = {"params": like}
-        expected = {f".params{k}": v for k, v in _shapes(like).items()}
-        stored = {k: v for k, v in meta["shapes"].items() if k.startswith(".params")}
-        _check_shapes(stored, expected, checkpoints.directory / str(step))
-        restore = ocp.args.PyTreeRestore(
-            item=item,
-            restore_args=ocp.checkpoint_utils.construct_restore_args(item),
-            partial_restore=True,
-        )
-        return checkpoints.restore(step, args=ocp.args.Composite(state=restore)).state["params"]
+
+    def one(x: jax.Array) -> jax.Array:
+        bits = jax.lax.bitcast_convert_type(x, f"uint{8 * min(x.dtype.itemsize, 4)}")
+        index, stride = jnp.zeros(bits.shape, jnp.uint32), 1
+        for axis in reversed(range(bits.ndim)):
+            position = jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
+            index += jnp.uint32(stride % 2**32) * position
+            stride *= bits.shape[axis]
+        return jnp.sum((2 * index + 1) * bits.astype(jnp.uint32), dtype=jnp.uint32)
+
+    return {name: one(x) for name, x in leaves.items()}
+
+
+def _check_digests(stored: dict[str, int], found: dict[str, int]) -> None:
+    changed = [name for name, value in found.items() if stored[name] != value]
+    if changed:
+        raise ValueError(f"other numbers in {changed[0]} than were saved")
+
+
+def _set_aside(path: pathlib.Path) -> pathlib.Path:
+    """Renames a damaged checkpoint, out of Orbax' sight; returns where it is."""
+    names = (path.with_name(f"{path.name}.damaged{i}") for i in itertools.count())
+    target = next(name for name in names if not name.exists())
+    if jax.process_index() == 0:
+        path.rename(target)
+    if jax.process_count() > 1:  # no other process may find it once more
+        multihost_utils.sync_global_devices(f"renamed {path}")
+    return target
+
+
+def _short(error: Exception) -> str:
+    """An error in a line: Orbax and tensorstore write pages."""
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:200]}"
 
 
 def exists(path: pathlib.Path) -> bool:

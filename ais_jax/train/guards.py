@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from typing import Any
 
 from ais_jax.train.state import CALIBRATION_BATCHES, CALIBRATION_RANGE
 
@@ -17,6 +18,15 @@ class Watch:
     ratio: int = 0
     deaf: int = 0
     spoken: frozenset[str] = frozenset()
+
+    def to_json(self) -> dict[str, Any]:
+        """What JSON can hold of it, for `Watch.of_json`."""
+        return {"ratio": self.ratio, "deaf": self.deaf, "spoken": sorted(self.spoken)}
+
+    @classmethod
+    def of_json(cls, value: Mapping[str, Any]) -> Watch:
+        """The state that `to_json` was asked of."""
+        return cls(value["ratio"], value["deaf"], frozenset(value["spoken"]))
 
 
 def watch(

@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 import functools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import numpy as np
 
-from ais_jax import distributed, masked
+from ais_jax import distributed, masked, settings
 from ais_jax.config import Config
 from ais_jax.errors import UserError
 from ais_jax.models import Params
@@ -18,14 +19,15 @@ from ais_jax.sampling import Rollout
 from ais_jax.sampling.estimators import covered
 from ais_jax.train import checkpoint, grpo, guards, throughput, tracking
 from ais_jax.train.display import GRPO_COLUMNS, Progress
+from ais_jax.train.metrics import write_json
+from ais_jax.train.phases import Phases, Preempted
+from ais_jax.train.rewards import Rewarder, checked_rewards
 from ais_jax.train.setup import Run
 from ais_jax.train.state import TrainState
 from ais_jax.train.step import TrainBatch
 
 # Sets the keys of canvases apart from those of sampling rounds.
 PLAN = 2**31 - 1
-
-RewardFn = Callable[[Sequence[str], Sequence[dict]], np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,72 +51,136 @@ class Sampled:
 
 def train_grpo(
     run: Run,
-    state: TrainState,
-    start: int,
+    start: checkpoint.Saved,
     iterator,
     checkpoints,
-    reward_fn: RewardFn,
+    rewarder: Rewarder,
     evaluate: Callable[[TrainState], dict[str, float]],
     reference: Params | None,
+    phases: Phases,
 ) -> TrainState:
-    """Runs steps `start` + 1.. of GRPO; returns the last state, which has been saved.
+    """Runs the steps after `start`; returns the last state, which has been saved.
 
     `reference` is what `state.params` were in the policy that the KL term refers to, None where
     there is none.
+
+    Raises:
+      Preempted: SIGTERM came; what was done is saved.
+      UserError: too many updates were not finite; the last batch is saved beside the checkpoint.
     """
-    config = run.config
-    watch = guards.Watch()
-    copy = None
+    config, last = run.config, start
+    progress = Progress(config.train.steps, "GRPO", columns=GRPO_COLUMNS, initial_step=start.step)
+
+    def warn(text: str) -> None:
+        progress.message(f"warning: {text}")
+
     with (
-        tracking.open_writer(config, run.directory, start) as writer,
-        Progress(config.train.steps, "GRPO", columns=GRPO_COLUMNS, initial_step=start) as progress,
+        progress,
+        tracking.open_writer(
+            config, run.directory, start.step, start.host.get("lengths"), warn
+        ) as writer,
+        phases.watched(config.train.watchdog_seconds, warn),
     ):
-        for step in range(start + 1, config.train.steps + 1):
-            state, copy, metrics, sampled = train_step(
-                run, state, copy, step, iterator, reward_fn, reference
-            )
-            if _every(config.train.eval_every, step):
-                metrics |= {f"eval_{name}": value for name, value in evaluate(state).items()}
-            writer.write(step, metrics)
-            if step == 1 or _every(config.train.samples_every, step):
-                writer.write_samples(step, _samples(sampled, config.grpo.group_size))
-            progress.update(step, metrics)
-            calibrating = config.ais.severity_scale == "auto"
-            selected = config.grpo.dynamic_sampling or config.grpo.mask_truncated
-            selected |= not run.policy.unbiased
-            watch, warnings = guards.watch(
-                watch, {"step": step, **metrics}, calibrating=calibrating, selected=selected
-            )
-            for text in warnings:
-                progress.message(f"warning: {text}")
-            _stop_if_stuck(state, config, step)
-            if _every(config.train.checkpoint_every, step) or step == config.train.steps:
-                checkpoint.save(checkpoints, step, state, iterator.get_state())
-    checkpoints.wait_until_finished()
-    return state
+        keeper = checkpoint.Keeper(checkpoints, warn)
+        copy, _ = run.programs.refit(run.join(start.state.params), None)
+        watch = guards.Watch.of_json(start.host.get("watch", guards.Watch().to_json()))
+        try:
+            for step in range(start.step + 1, config.train.steps + 1):
+                state, copy, metrics, sampled = train_step(
+                    run, last.state, copy, step, iterator, rewarder, reference, phases
+                )
+                failed = distributed.gather(np.array([rewarder.take_failed()]))
+                metrics["reward_failures"] = int(failed.sum())
+                if _every(config.train.eval_every, step):
+                    metrics |= _evaluated(evaluate, state, phases)
+                writer.write(step, metrics)
+                if step == 1 or _every(config.train.samples_every, step):
+                    writer.write_samples(step, _samples(sampled, config.grpo.group_size))
+                progress.update(step, metrics)
+                watch = _guarded(run, watch, step, metrics, warn)
+                known = _host(config, iterator, writer, watch)
+                last = checkpoint.Saved(step, state, {**start.host, **known})
+                keeper.look()
+                if int(state.skipped) >= config.train.max_skipped_updates:
+                    raise UserError(_stuck(run, last, sampled, keeper))
+                if _every(config.train.checkpoint_every, step) or step == config.train.steps:
+                    with phases.phase("checkpoint"):
+                        keeper.save(last)
+                phases.leave_if_told(step)
+        except Preempted:
+            if last.step > start.step:
+                keeper.save(last)
+            progress.message(f"told to leave: {last.step} steps are done, the next run goes on")
+            raise
+        finally:
+            keeper.finish()
+    return last.state
 
 
-def train_step(run: Run, state, copy, step: int, iterator, reward_fn, reference):
-    """One GRPO step. Returns the new state, the sampling copy, the metrics and what was sampled."""
+def _host(config: Config, iterator, writer: tracking.Writer, watch: guards.Watch) -> dict:
+    """What a checkpoint holds beside the state."""
+    return {
+        "iterator": iterator.get_state(),
+        "lengths": writer.lengths(),
+        "watch": watch.to_json(),
+        "config": settings.to_dict(config),
+    }
+
+
+def _evaluated(evaluate, state: TrainState, phases: Phases) -> dict[str, float]:
+    """Metrics of an evaluation; none where SIGTERM cuts it short, which ends the run soon after."""
+    try:
+        with phases.interruptible(), phases.phase("evaluation"):
+            return {f"eval_{name}": value for name, value in evaluate(state).items()}
+    except Preempted:
+        return {}
+
+
+def _guarded(run: Run, watch: guards.Watch, step: int, metrics: dict, warn) -> guards.Watch:
+    """The guards after a step whose warnings have been shown."""
+    config = run.config
+    selected = config.grpo.dynamic_sampling or config.grpo.mask_truncated
+    selected |= not run.policy.unbiased
+    calibrating = config.ais.severity_scale == "auto"
+    watch, warnings = guards.watch(
+        watch, {"step": step, **metrics}, calibrating=calibrating, selected=selected
+    )
+    for text in warnings:
+        warn(text)
+    return watch
+
+
+def train_step(
+    run: Run, state, copy, step: int, iterator, reward_fn, reference, phases: Phases | None = None
+):
+    """One GRPO step. Returns the new state, its sampling copy, the metrics and what was sampled.
+
+    Args:
+      state: given away once the update begins, and left alone if SIGTERM comes before.
+      copy: its sampling copy; given away.
+    """
+    phases = phases or Phases()
     clock: dict[str, float] = {}
     began = time.perf_counter()
-    copy, changed = _timed(
-        clock, "quantize_seconds", run.programs.refit, run.join(state.params), copy
-    )
-
     key = jax.random.fold_in(jax.random.key(run.config.train.seed), step)
-    sampled = sample_groups(run, copy, key, iterator, reward_fn)
-    clock["rollout_seconds"] = sampled.seconds
-
-    batch, entropy = _timed(
-        clock, "score_seconds", build_batch, run, state, copy, sampled, reference, key
-    )
+    with phases.interruptible():
+        with phases.phase(f"step {step}: rollout"):
+            sampled = sample_groups(run, copy, key, iterator, reward_fn)
+        clock["rollout_seconds"] = sampled.seconds
+        with phases.phase(f"step {step}: score"):
+            batch, entropy = _timed(
+                clock, "score_seconds", build_batch, run, state, copy, sampled, reference, key
+            )
     calibration, measured = run.programs.measure(state.calibration, batch)
     state = state._replace(calibration=calibration)
-
-    state, learned = _timed(
-        clock, "train_seconds", update_epochs, run, state, batch, measured.coefficient, step
-    )
+    with phases.phase(f"step {step}: update"):
+        state, learned = _timed(
+            clock, "train_seconds", update_epochs, run, state, batch, measured.coefficient, step
+        )
+    with phases.phase(f"step {step}: quantize"):
+        copy, changed = _timed(
+            clock, "quantize_seconds", run.programs.refit, run.join(state.params), copy
+        )
     clock["step_seconds"] = time.perf_counter() - began
 
     if sampled.rollout.forwards is not None:
@@ -278,25 +344,6 @@ def update_epochs(run: Run, state: TrainState, batch: TrainBatch, coefficient, s
     return state, mean
 
 
-def checked_rewards(rewards, count: int) -> np.ndarray:
-    """Rewards [B] float32.
-
-    Raises:
-      UserError: the reward function returned something else, or a number that is not finite.
-    """
-    expected = f"the reward function must return {count} numbers, one a completion"
-    try:
-        array = np.asarray(rewards, np.float32)
-    except (TypeError, ValueError) as error:
-        raise UserError(f"{expected} ({error})") from error
-    if array.shape != (count,):
-        raise UserError(f"{expected}; it returned shape {array.shape}")
-    if not np.isfinite(array).all():
-        row = int(np.flatnonzero(~np.isfinite(array))[0])
-        raise UserError(f"the reward function returned {array[row]} for completion {row}")
-    return array
-
-
 def _samples(sampled: Sampled, group_size: int) -> list[dict]:
     """The first group of this process's own, for a person to read."""
     own = [i for i, example in enumerate(sampled.examples) if example is not None]
@@ -321,9 +368,19 @@ def _every(period: int, step: int) -> bool:
     return period > 0 and step % period == 0
 
 
-def _stop_if_stuck(state: TrainState, config: Config, step: int) -> None:
-    if int(state.skipped) >= config.train.max_skipped_updates:
-        raise UserError(
-            f"step {step}: the last {int(state.skipped)} updates were not finite and were skipped; "
-            "lower optimizer.learning_rate, or raise train.max_skipped_updates"
-        )
+def _stuck(run: Run, last: checkpoint.Saved, sampled: Sampled, keeper: checkpoint.Keeper) -> str:
+    """Saves the state and the batch that cannot be learned from; returns what to say of it."""
+    keeper.save(last)
+    folder = run.directory / f"nonfinite_step_{last.step}"
+    folder.mkdir(exist_ok=True)
+    process = jax.process_index()
+    leaves = jax.tree_util.tree_leaves_with_path(sampled.rollout)
+    arrays: dict[str, Any] = {jax.tree_util.keystr(p).strip("."): np.asarray(x) for p, x in leaves}
+    np.savez(folder / f"batch_{process}.npz", rewards=sampled.rewards, **arrays)
+    rows = _samples(sampled, len(sampled.completions))
+    write_json(folder / f"rows_{process}.json", rows)
+    return (
+        f"step {last.step}: the last {int(last.state.skipped)} updates were not finite and were "
+        f"skipped, the batch is in {folder}; lower optimizer.learning_rate, or raise "
+        "train.max_skipped_updates"
+    )

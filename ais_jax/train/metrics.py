@@ -11,7 +11,7 @@ import math
 import os
 import pathlib
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 from ais_jax.errors import UserError
@@ -25,6 +25,8 @@ _AIS = frozenset(
         *("capped_fraction", "rejected_fraction", "kl_k1", "kl_k3", "mult_error", "skew"),
     )
 )
+# More than many steps have: should its thread die, a write must not find the queue full.
+_EVENTS = 10_000
 _ROLLOUT = frozenset(
     (
         "completion_length",
@@ -33,6 +35,7 @@ _ROLLOUT = frozenset(
         "tokens",
         "sequences",
         "forwards",
+        "reward_failures",
     )
 )
 _TRAIN = frozenset(
@@ -75,6 +78,8 @@ class MetricsWriter:
         output_dir: PathLike,
         truncate_after: int | None = None,
         also: Sequence[Log] = (),
+        lengths: Mapping[str, int] | None = None,
+        warn: Callable[[str], None] = lambda text: None,
     ):
         """Prepares metrics.jsonl, samples.jsonl and tensorboard/ for appending.
 
@@ -85,15 +90,20 @@ class MetricsWriter:
           truncate_after: step that the run resumes from: what was written for later steps is
             dropped from both files and hidden in TensorBoard. None keeps everything.
           also: further places that `write` writes to.
+          lengths: `lengths()` at that step; the files are cut there, without reading them.
+          warn: is told when the disk is full. Lines then wait for the next that can be written.
 
         Raises:
           UserError: an existing file has a line that is not a JSON object with a step.
         """
         directory = pathlib.Path(output_dir)
         directory.mkdir(parents=True, exist_ok=True)
+        self._warn = warn
+        self._waiting: dict[pathlib.Path, bytes] = {}
         self._metrics, self._samples = directory / "metrics.jsonl", directory / "samples.jsonl"
         for path in (self._metrics, self._samples):
-            _truncate(path, truncate_after)
+            if not _cut(path, (lengths or {}).get(path.name)):
+                _truncate(path, truncate_after)
         self._tensorboard = _summary_writer(directory / "tensorboard", truncate_after)
         self._also = tuple(also)
 
@@ -104,11 +114,21 @@ class MetricsWriter:
         self.close()
 
     def close(self) -> None:
-        """Writes out what is still buffered; more than once does no harm."""
-        self._tensorboard.close()
+        """Writes out what waits and what is still buffered; may be called again."""
+        for path in list(self._waiting):
+            self._append(path, [])
+        try:
+            self._tensorboard.close()
+        except OSError as error:
+            self._warn(f"the last TensorBoard events are not written: {error}")
         for log in self._also:
             log.close()
         self._also = ()
+
+    def lengths(self) -> dict[str, int]:
+        """Bytes of metrics.jsonl and samples.jsonl, by name, to cut them at after a restart."""
+        paths = (self._metrics, self._samples)
+        return {path.name: path.stat().st_size if path.exists() else 0 for path in paths}
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """Appends one line to metrics.jsonl and the same values to TensorBoard.
@@ -122,9 +142,9 @@ class MetricsWriter:
           TypeError: a value is not a scalar number.
         """
         values = {name: _number(name, x) for name, x in metrics.items() if name != "step"}
-        _append(self._metrics, [_with_step(step, values)])
+        self._append(self._metrics, [_with_step(step, values)])
         for name, value in values.items():
-            if value is not None:
+            if value is not None and _is_writing(self._tensorboard):
                 self._tensorboard.add_scalar(tensorboard_tag(name), value, int(step))
         for log in self._also:
             log.write(int(step), values)
@@ -136,7 +156,25 @@ class MetricsWriter:
           step: training step.
           rows: text, numbers, booleans, arrays and nested lists or mappings of them, by name.
         """
-        _append(self._samples, [_with_step(step, row) for row in rows])
+        self._append(self._samples, [_with_step(step, row) for row in rows])
+
+    def _append(self, path: pathlib.Path, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Appends whole lines or, where the disk is full, none."""
+        before = self._waiting.pop(path, b"")
+        data = before + b"".join(_encode(row) + b"\n" for row in rows)
+        try:
+            with open(path, "ab", buffering=0) as file:
+                length, rest = file.tell(), memoryview(data)
+                try:
+                    while rest:
+                        rest = rest[file.write(rest) :]
+                except OSError:
+                    file.truncate(length)
+                    raise
+        except OSError as error:
+            self._waiting[path] = data
+            if not before:
+                self._warn(f"{path} cannot be written: {error.strerror}; its lines wait for room")
 
 
 def read_metrics(path: PathLike) -> list[dict[str, Any]]:
@@ -171,10 +209,16 @@ def _summary_writer(directory: pathlib.Path, truncate_after: int | None):
         str(directory),
         purge_step=None if truncate_after is None else truncate_after + 1,
         flush_secs=10,
+        max_queue=_EVENTS,
         # Event files are named by the second and opened with "w": a run restarted within the same
         # second would erase its own past.
         filename_suffix=f".{time.time_ns()}",
     )
+
+
+def _is_writing(tensorboard) -> bool:
+    """Its thread ends at the first error; the queue in front of it would then fill up and block."""
+    return tensorboard.file_writer.event_writer._worker.is_alive()
 
 
 def _number(name: str, value) -> float | None:
@@ -210,12 +254,6 @@ def _with_step(step: int, values: Mapping[str, Any]) -> dict[str, Any]:
     return {"step": int(step), **{name: x for name, x in values.items() if name != "step"}}
 
 
-def _append(path: pathlib.Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    data = b"".join(_encode(row) + b"\n" for row in rows)
-    with open(path, "ab") as file:
-        file.write(data)
-
-
 def _replace(path: pathlib.Path, data: bytes) -> None:
     temporary = path.with_name(path.name + ".tmp")
     with open(temporary, "wb") as file:
@@ -223,6 +261,18 @@ def _replace(path: pathlib.Path, data: bytes) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
+
+
+def _cut(path: pathlib.Path, length: int | None) -> bool:
+    """Cuts a file to `length` bytes, where it is as long and a line ends there; says if it did."""
+    if length is None or not path.exists() or path.stat().st_size < length:
+        return False
+    with open(path, "rb+") as file:
+        file.seek(max(length - 1, 0))
+        if length and file.read(1) != b"\n":
+            return False
+        file.truncate(length)
+    return True
 
 
 def _truncate(path: pathlib.Path, last_step: int | None) -> None:

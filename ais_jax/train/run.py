@@ -17,42 +17,73 @@ from ais_jax.errors import UserError
 from ais_jax.evaluate import build_evaluator
 from ais_jax.train import checkpoint, data, tracking
 from ais_jax.train.display import console, final_table
-from ais_jax.train.loop import RewardFn, train_grpo
+from ais_jax.train.loop import train_grpo
 from ais_jax.train.metrics import write_json
+from ais_jax.train.phases import Phases
+from ais_jax.train.rewards import Rewarder, RewardFn
 from ais_jax.train.setup import Examples, Run, build_examples, build_run, drop_long, initial_params
 from ais_jax.train.state import TrainState
 from ais_jax.train.warmup import warm_up
 
 
-def train(config: Config, reward_fn: RewardFn | None = None, name: str = "run") -> dict:
+def train(
+    config: Config,
+    reward_fn: RewardFn | str | None = None,
+    name: str = "run",
+    resume: bool = True,
+) -> dict:
     """Trains as `config` says and returns the summary that is also written to summary.json.
 
     Args:
       config: the whole run; see `ais_jax.config.load`.
-      reward_fn: (completions, examples) -> float rewards [B]; None takes the task's own. Examples
-        are the task's dicts.
+      reward_fn: (completions, examples) -> float rewards [B], or "module:name" of such a function,
+        which then runs in a process of its own; None takes the task's own. Examples are the task's
+        dicts. What happens where it fails: see `ais_jax.train.rewards.Rewarder`.
       name: begins the folder's name where `config.output_dir` is not set.
+      resume: go on from the newest checkpoint in `config.output_dir`. False begins again, and
+        renames a run that is there.
 
     Returns:
       A dict with held-out accuracy "before" and "after", "seconds" by phase, and "output_dir".
 
     Raises:
       UserError: the configuration cannot be run, or a checkpoint does not fit it.
+      SystemExit: SIGTERM came; the code is 143, and what was done is saved.
     """
     began = time.perf_counter()
     directory = pathlib.Path(distributed.agreed(str(_directory(config, name))))
     run, examples, dropped = distributed.together(_prepare, config, directory)
-    reward_fn = reward_fn or run.prompter.task.reward
-    with _open_directory(run) as checkpoints:
+    phases = Phases()
+    rewarder = Rewarder(
+        reward_fn or f"{run.prompter.task.__name__}:reward",
+        config.grpo.group_size,
+        config.train.reward_timeout,
+        phases,
+        _warn,
+    )
+    with phases.listening(), rewarder, _open_directory(run, resume) as checkpoints:
         _say_hello(run, examples, dropped)
-        summary = _phases(run, examples, checkpoints, reward_fn, began)
+        summary = _stages(run, examples, checkpoints, rewarder, phases, began)
+        newest = checkpoints.latest_step()
     if distributed.first():
+        _write_summary(run, summary)
+    if newest is None or newest < config.train.steps:
+        raise UserError(
+            f"the last checkpoint is not saved, the newest in {run.directory} is of step {newest}; "
+            "look after the disk and start again, to go on from there"
+        )
+    return summary
+
+
+def _write_summary(run: Run, summary: dict) -> None:
+    title = f"{run.config.task.name}: before and after GRPO"
+    final_table(summary["before"], summary["after"], title=title)
+    try:
         write_json(run.directory / "summary.json", summary)
         picture = report.curves(run.directory)
-        title = f"{config.task.name}: before and after GRPO"
-        final_table(summary["before"], summary["after"], title=title)
-        console().print(f"results: {run.directory}   curves: {picture}")
-    return summary
+    except OSError as error:
+        raise UserError(f"{run.directory} cannot be written: {error.strerror or error}") from error
+    console().print(f"results: {run.directory}   curves: {picture}")
 
 
 def _prepare(config: Config, directory: pathlib.Path) -> tuple[Run, Examples, int]:
@@ -69,14 +100,17 @@ def _prepare(config: Config, directory: pathlib.Path) -> tuple[Run, Examples, in
     return run, examples, len(generated.train) - len(examples.train)
 
 
-def _phases(run: Run, examples: Examples, checkpoints, reward_fn: RewardFn, began: float) -> dict:
+def _stages(
+    run: Run, examples: Examples, checkpoints, rewarder: Rewarder, phases: Phases, began: float
+) -> dict:
     """Warm-up, evaluation, GRPO, evaluation; returns the summary, timed from `began`."""
     config = run.config
-    params, frozen = initial_params(run)
-    run = dataclasses.replace(run, frozen=frozen)
     # Several processes read and write one cache, in the folder that they share anyway.
     cache = cache_directory() if jax.process_count() == 1 else run.directory / "cache"
-    params, cached = warm_up(run, params, examples.train, cache)
+    with phases.interruptible():
+        params, frozen = initial_params(run)
+        run = dataclasses.replace(run, frozen=frozen)
+        params, cached = warm_up(run, params, examples.train, cache)
     warmed = time.perf_counter()
     evaluator = build_evaluator(
         run.policy,
@@ -86,29 +120,34 @@ def _phases(run: Run, examples: Examples, checkpoints, reward_fn: RewardFn, bega
         config.train.eval_max_new_tokens or config.rollout.max_new_tokens,
         config.train.seed,
     )
-    before = _evaluate_all(evaluator, run.join(params), examples)
     reference = params if config.grpo.kl_coef else None
     state = run.programs.init_state(params)
     del params  # without a KL term nothing else needs them
-    start, state, iterator = _resume(run, examples, checkpoints, state)
+    start, iterator = _resume(run, examples, checkpoints, state)
+    del state
+    if start.step == 0:
+        with phases.interruptible():
+            before = _evaluate_all(evaluator, run.join(start.state.params), examples)
+        start = start._replace(host={"before": before})
 
     grpo_began = time.perf_counter()
     heldout = examples.heldout
     state = train_grpo(
         run,
-        state,
         start,
         iterator,
         checkpoints,
-        reward_fn,
+        rewarder,
         lambda s: evaluator(run.join(s.params), heldout),
         reference,
+        phases,
     )
     iterator.close()
     grpo_ended = time.perf_counter()
-    after = _evaluate_all(evaluator, run.join(state.params), examples)
+    with phases.interruptible():
+        after = _evaluate_all(evaluator, run.join(state.params), examples)
     return {
-        "before": before,
+        "before": start.host["before"],
         "after": after,
         "warmup_cached": cached,
         "seconds": {
@@ -123,7 +162,7 @@ def _phases(run: Run, examples: Examples, checkpoints, reward_fn: RewardFn, bega
 
 
 def _resume(run: Run, examples: Examples, checkpoints, state: TrainState):
-    """(steps done, state, data iterator): of the newest checkpoint, or of a start."""
+    """(what is done, data iterator): of the newest checkpoint, or of a start with `state`."""
     config = run.config
     iterator = data.batches(
         examples.train,
@@ -133,19 +172,22 @@ def _resume(run: Run, examples: Examples, checkpoints, state: TrainState):
         parts=jax.process_count(),
         workers=config.train.data_workers,
     )
-    restored = checkpoint.restore(checkpoints, state)
+    restored = checkpoint.restore(checkpoints, state, _warn)
     if restored is None:
-        return 0, state, iterator
-    iterator.set_state(restored.iterator)
+        return checkpoint.Saved(0, state, {}), iterator
+    iterator.set_state(restored.host["iterator"])
     console().print(f"going on after step {restored.step} in {run.directory}")
-    return restored.step, restored.state, iterator
+    return restored, iterator
 
 
-def _open_directory(run: Run):
+def _open_directory(run: Run, resume: bool):
     """The run's folder and its checkpoints, which are checked before anything is overwritten."""
+    if not resume:
+        distributed.together(_move_away, run.directory)
     try:
         run.directory.mkdir(parents=True, exist_ok=True)
-        checkpoints = checkpoint.manager(run.directory / "checkpoints")
+        keep = run.config.train.checkpoint_keep
+        checkpoints = checkpoint.manager(run.directory / "checkpoints", keep)
     except OSError as error:
         raise UserError(
             f"output_dir {run.directory} cannot be used: {error.strerror or error}"
@@ -210,6 +252,10 @@ def _say_hello(run: Run, examples: Examples, dropped: int) -> None:
         console().print(f"{run.config.task.eval_file} is not here: evaluation on it is skipped")
 
 
+def _warn(text: str) -> None:
+    console().print(f"warning: {text}")
+
+
 def _count(params) -> int:
     return sum(x.size for x in jax.tree.leaves(params))
 
@@ -218,7 +264,26 @@ def _directory(config: Config, name: str) -> pathlib.Path:
     if config.output_dir is not None:
         return pathlib.Path(config.output_dir)
     path = pathlib.Path("runs") / f"{name}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
-    # A run that began in the same second keeps its folder to itself.
+    return _free(path)  # a run that began in the same second keeps its folder to itself
+
+
+def _move_away(path: pathlib.Path) -> None:
+    """Renames the run that is in `path`, if there is one."""
+    if not distributed.first() or not (path / "checkpoints").is_dir():
+        return
+    target = _free(path)
+    try:
+        path.rename(target)
+    except OSError as error:
+        raise UserError(
+            f"output_dir {path} holds a run and cannot be renamed: {error.strerror or error}; "
+            "take another output_dir"
+        ) from error
+    console().print(f"the run that was in {path} is now {target}")
+
+
+def _free(path: pathlib.Path) -> pathlib.Path:
+    """`path`, or where it exists the first free of `path`-2, `path`-3, ..."""
     others = (path.with_name(f"{path.name}-{i}") for i in itertools.count(2))
     return path if not path.exists() else next(p for p in others if not p.exists())
 

@@ -6,7 +6,7 @@ import contextlib
 import math
 import pathlib
 import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from types import ModuleType
 from typing import Any, Protocol
 
@@ -27,6 +27,10 @@ class Writer(Protocol):
     def write_samples(self, step: int, rows: Iterable[Mapping[str, Any]]) -> None:
         """Some of its completions."""
 
+    def lengths(self) -> dict[str, int]:
+        """Bytes of the files so far, by name."""
+        raise NotImplementedError
+
     def close(self) -> None:
         """Writes out what is left."""
 
@@ -39,6 +43,10 @@ class Silent:
 
     def write_samples(self, step: int, rows: Iterable[Mapping[str, Any]]) -> None:
         """Nothing."""
+
+    def lengths(self) -> dict[str, int]:
+        """None of any."""
+        return {}
 
     def close(self) -> None:
         """Nothing."""
@@ -124,22 +132,30 @@ def check(config: Config) -> None:
 
 
 @contextlib.contextmanager
-def open_writer(config: Config, directory: pathlib.Path, start: int):
+def open_writer(
+    config: Config,
+    directory: pathlib.Path,
+    start: int,
+    lengths: Mapping[str, int] | None = None,
+    warn: Callable[[str], None] = lambda text: None,
+):
     """A `Writer` for the steps after `start`; of several processes the first one's alone writes.
+
+    `lengths` and `warn` are those of `MetricsWriter`.
 
     Raises:
       UserError: a file of the folder is malformed, or Weights & Biases cannot be used.
     """
-    writer = distributed.together(_writer, config, directory, start)
+    writer = distributed.together(_writer, config, directory, start, lengths, warn)
     try:
         yield writer
     finally:
         writer.close()
 
 
-def _writer(config: Config, directory: pathlib.Path, start: int) -> Writer:
+def _writer(config: Config, directory: pathlib.Path, start: int, lengths, warn) -> Writer:
     if not distributed.first():
         return Silent()
     project = config.train.wandb
     also = [] if project is None else [WandbLog(project, directory, config)]
-    return MetricsWriter(directory, truncate_after=start, also=also)
+    return MetricsWriter(directory, start, also, lengths, warn)

@@ -1,8 +1,10 @@
 import json
 import math
 import os
+import resource
 import subprocess
 import sys
+import threading
 
 import jax.numpy as jnp
 import numpy as np
@@ -185,6 +187,69 @@ def test_a_malformed_line_is_named(tmp_path, line):
     with pytest.raises(UserError, match=r"metrics\.jsonl, line 2 is not a JSON object"):
         MetricsWriter(tmp_path, truncate_after=1)
     assert path.read_text() == text
+
+
+def test_files_are_cut_at_the_lengths_of_a_step(tmp_path):
+    write_steps(tmp_path, [1, 2])
+    files = [tmp_path / "metrics.jsonl", tmp_path / "samples.jsonl"]
+    before = [path.read_bytes() for path in files]
+    with MetricsWriter(tmp_path) as writer:
+        lengths = writer.lengths()
+        writer.write(3, {"reward": 1})
+        writer.write_samples(3, [{"text": "a"}])
+    with open(files[0], "ab") as file:
+        file.write(b'{"step": 4, "rew')  # cut short by a crash
+    with MetricsWriter(tmp_path, 2, lengths):
+        pass
+    assert [path.read_bytes() for path in files] == before
+
+
+@pytest.mark.parametrize("length", [7, 10**9, 0])
+def test_lengths_that_do_not_fit_the_file_are_not_believed(tmp_path, length):
+    """In the middle of a line, or behind the end; 0 is the start of any file."""
+    write_steps(tmp_path, [1, 2, 3])
+    with MetricsWriter(tmp_path, 2, {"metrics.jsonl": length}):
+        pass
+    rows = [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl")]
+    assert rows == ([1, 2] if length else [])
+    assert {row["step"] for row in read_metrics(tmp_path / "samples.jsonl")} == {1, 2}
+
+
+def test_lines_wait_while_the_disk_is_full(tmp_path):
+    """The limit on file sizes stands in for the disk: a part of a line still fits."""
+    path, said = tmp_path / "samples.jsonl", []
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with MetricsWriter(tmp_path, warn=said.append) as writer:
+        writer.write_samples(1, [{"text": "x" * 10**6}])
+        size = path.stat().st_size
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size + 10, hard))
+        try:
+            writer.write_samples(2, [{"text": "y" * 50}])
+            writer.write_samples(3, [])
+            assert path.stat().st_size == size
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        writer.write_samples(4, [{"text": "z"}])
+    assert [row["step"] for row in strict_lines(path)] == [1, 2, 4]
+    assert len(said) == 1
+    assert "samples.jsonl cannot be written: File too large" in said[0]
+
+
+def test_tensorboard_that_cannot_write_does_not_block(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError("No space left on device")
+
+    died = []
+    monkeypatch.setattr(threading, "excepthook", lambda args: died.append(args.exc_type))
+    with MetricsWriter(tmp_path) as writer:
+        events = writer._tensorboard.file_writer.event_writer
+        monkeypatch.setattr(events._ev_writer, "write_event", full)
+        for step in range(1000):
+            writer.write(step, {f"metric_{i}": 0 for i in range(20)})
+            if step == 0:
+                events._worker.join()
+    assert died == [OSError]
+    assert len(strict_lines(tmp_path / "metrics.jsonl")) == 1000
 
 
 def test_a_missing_file_is_named(tmp_path):

@@ -1,0 +1,189 @@
+"""Reward functions that raise, hang, die or lie, here and in a process of their own."""
+
+import os
+import pathlib
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import reward_functions
+
+from ais_jax.errors import UserError
+from ais_jax.tasks import countdown
+from ais_jax.train.grpo import group_advantages
+from ais_jax.train.phases import Phases
+from ais_jax.train.rewards import Rewarder, fill
+
+HERE = pathlib.Path(__file__).parent
+
+
+@pytest.fixture
+def rewarder():
+    """Makes rewarders that are closed in the end; `.said` is what they warned of."""
+    made, said = [], []
+
+    def make(function, timeout=30.0, group_size=2):
+        made.append(Rewarder(function, group_size, timeout, Phases(), said.append))
+        return made[-1].__enter__()
+
+    make.said = said
+    yield make
+    for one in made:
+        one.__exit__(None, None, None)
+
+
+def both(name):
+    """A function of `reward_functions`, as itself and by name."""
+    return [getattr(reward_functions, name), f"reward_functions:{name}"]
+
+
+@pytest.mark.parametrize("kind", ["std", "mean", "leave_one_out"])
+def test_a_failed_row_has_no_advantage_and_leaves_the_mean_alone(kind):
+    rewards = np.array([0.1, 7, 0.1, 0.1, 1, 2, 9, 9], np.float32)
+    failed = np.array([0, 1, 0, 0, 0, 0, 1, 1], bool)
+    filled = fill(rewards, failed, 4)
+    np.testing.assert_array_equal(filled[~failed], rewards[~failed])
+    np.testing.assert_allclose(filled[failed], [0.1, 1.5, 1.5], rtol=1e-6)
+    advantages = np.asarray(group_advantages(filled, 4, kind))
+    np.testing.assert_array_equal(advantages[:4], 0)  # all that is known of them is equal
+    np.testing.assert_allclose(advantages[6:], 0, atol=1e-6)
+    assert advantages[4] < 0 < advantages[5]
+    np.testing.assert_array_equal(fill(rewards, np.ones(8, bool), 4), np.zeros(8))
+
+
+def test_a_tasks_reward_is_the_same_in_a_process_of_its_own(rewarder):
+    examples = countdown.generate(6, 0)
+    texts = [countdown.demonstration(example) for example in examples]
+    texts[1], texts[2], texts[3] = "", "\udc80\u2028\n", "1+"
+    found = rewarder("ais_jax.tasks.countdown:reward")(texts, examples)
+    np.testing.assert_array_equal(found, countdown.reward(texts, examples))
+    assert 0 < found.mean() < 1
+    assert found.dtype == np.float32
+
+
+def test_the_process_has_no_jax_and_may_print(rewarder):
+    assert rewarder("reward_functions:has_jax")(["a"], [{}]) == [0]
+    assert "jax" in sys.modules
+    np.testing.assert_array_equal(
+        rewarder("reward_functions:length")(["a", "bcd"], [{}, {}]), [1, 3]
+    )
+
+
+@pytest.mark.parametrize("function", both("bad"))
+def test_what_raises_costs_its_row(rewarder, function):
+    made = rewarder(function)
+    found = made(["a", "b", "raise", "c"], [{}] * 4)
+    np.testing.assert_array_equal(found, [2, 2, 2, 2])
+    assert made.take_failed() == 1
+    assert made.take_failed() == 0
+    (text,) = rewarder.said
+    assert "failed for 1 of 4 completions, for completion 2 by RuntimeError: no answer" in text
+    np.testing.assert_array_equal(made(["raise", "raise", "a", "b"], [{}] * 4), [0, 0, 2, 2])
+    assert made.take_failed() == 2
+
+
+@pytest.mark.parametrize("function", both("bad"))
+def test_what_hangs_costs_its_row(rewarder, function):
+    made = rewarder(function, timeout=0.5)
+    np.testing.assert_array_equal(made(["a", "hang", "b", "c"], [{}] * 4), [2, 2, 2, 2])
+    assert made.take_failed() == 1
+    assert "for completion 1 by taking longer than 0.5 s" in rewarder.said[0]
+    np.testing.assert_array_equal(made(["a", "b"], [{}] * 2), [2, 2])
+
+
+def test_what_dies_costs_its_row(rewarder):
+    made = rewarder("reward_functions:bad")
+    np.testing.assert_array_equal(made(["a", "die", "exit", "b"], [{}] * 4), [2, 2, 2, 2])
+    assert made.take_failed() == 2
+    assert "for completion 1 by the end of its process with code 3" in rewarder.said[0]
+
+
+def test_a_batch_that_fails_although_its_rows_do_not(rewarder):
+    def alone(completions, examples):
+        if len(completions) > 1:
+            raise MemoryError
+        return [1.0]
+
+    made = rewarder(alone)
+    np.testing.assert_array_equal(made(["a", "b"], [{}] * 2), [1, 1])
+    assert made.take_failed() == 0
+    assert "failed for a batch, not for its rows: MemoryError" in rewarder.said[0]
+
+
+def test_a_person_is_not_told_at_every_step(rewarder):
+    made = rewarder(reward_functions.bad)
+    for _ in range(20):
+        made(["a", "raise"], [{}] * 2)
+    assert len(rewarder.said) == 5
+    assert made.take_failed() == 20
+
+
+@pytest.mark.parametrize(
+    ("function", "texts", "message"),
+    [
+        *[(f, ["raise"] * 4, "failed for all 4 .*completion 0 by Runtime") for f in both("bad")],
+        *[(f, ["hang"] * 9 + ["a"], "hangs: 8 completions") for f in both("bad")],
+        *[(f, ["a", "b"], "must return .*numbers") for f in both("words")],
+        *[(f, ["a", "b"], "2 numbers.*shape") for f in both("one")],
+    ],
+)
+def test_a_function_that_is_of_no_use_stops_the_run(rewarder, function, texts, message):
+    made = rewarder(function, timeout=0.2 if "hang" in texts else 30)
+    with pytest.raises(UserError, match=message):
+        made(texts, [{}] * len(texts))
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("reward_functions:absent", "AttributeError.*absent"),
+        ("no_such_module:reward", "ModuleNotFoundError.*no_such_module"),
+        ("reward_functions:NOT_A_FUNCTION", "cannot be called"),
+        ("reward_functions", "no reward function reward_functions"),
+    ],
+)
+def test_a_function_that_is_not_there_is_told_before_anything_is_trained(rewarder, name, message):
+    with pytest.raises(UserError, match=message):
+        rewarder(name)
+
+
+def test_the_process_ends_with_its_parent_even_in_a_hang(tmp_path):
+    """The parent is gone without a word; its worker has a request that never ends."""
+    parent = """
+import os, subprocess, sys
+command = [sys.executable, "-m", "ais_jax.reward_worker", str(os.getpid())]
+worker = subprocess.Popen(command, stdin=subprocess.PIPE)
+worker.stdin.write(b'{"function": "reward_functions:bad", "completions": ["hang"],'
+                   b' "examples": [{}]}\\n')
+worker.stdin.flush()
+print(worker.pid, flush=True)
+os.read(0, 1)
+os._exit(0)
+"""
+    paths = os.pathsep.join([str(HERE), *filter(None, sys.path)])
+    process = subprocess.Popen(
+        [sys.executable, "-c", parent],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": paths},
+    )
+    with process:
+        worker = int(process.stdout.readline())
+        assert alive(worker)
+        process.stdin.write(b"x")
+    for _ in range(300):
+        if not alive(worker):
+            return
+        time.sleep(0.1)
+    os.kill(worker, 9)
+    pytest.fail("the worker lives on")
+
+
+def alive(pid: int) -> bool:
+    try:
+        status = pathlib.Path(f"/proc/{pid}/stat").read_text()
+    except FileNotFoundError:
+        return False
+    return status.rsplit(")", 1)[1].split()[0] != "Z"
