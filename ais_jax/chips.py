@@ -102,9 +102,7 @@ class Times(NamedTuple):
         return self._fields[self.index(max(self))]
 
 
-def times(
-    chip: Chip, operations: Mapping[str, float], moved: float, received: float
-) -> Times:
+def times(chip: Chip, operations: Mapping[str, float], moved: float, received: float) -> Times:
     """The least times of some work.
 
     Args:

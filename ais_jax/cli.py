@@ -243,8 +243,8 @@ def _add_aot(commands) -> None:
         action="append",
         default=[],
         metavar="NAME",
-        help="compile this one alone; may be repeated: quantize, prefill, decode, grow (of diffusion "
-        "models rollout), score, update",
+        help="compile this one alone; may be repeated: quantize, prefill, decode and grow (of "
+        "diffusion models rollout), score, update",
     )
     add("--gpu-target", metavar="FILE", help="of GPUs, XLA's GpuTargetConfigProto as text")
     aot.set_defaults(run=_aot)

@@ -53,9 +53,7 @@ def _of_state(run: Run, held: dict[str, int]) -> list[Advice]:
         # 12 bytes a parameter, of which a base in bfloat16 keeps 2.
         found.append(Advice("model.lora.rank=32", state * 5 / 6))
     elif config.model.lora.base_recipe == "none":
-        found.append(
-            Advice("model.lora.base_recipe=int8_weight_only", held["frozen base"] / 2)
-        )
+        found.append(Advice("model.lora.base_recipe=int8_weight_only", held["frozen base"] / 2))
     if mesh.shape["data"] > 1:
         split = mesh.shape["data"] * mesh.shape["fsdp"]
         freed = (state + held["frozen base"]) * (1 - 1 / mesh.shape["data"])
@@ -72,7 +70,7 @@ def _of_state(run: Run, held: dict[str, int]) -> list[Advice]:
 def _heads(run: Run) -> int:
     """Key and value heads."""
     sizes = run.policy.model.config
-    return getattr(sizes, "num_key_value_heads", None) or getattr(sizes, "n_kv_heads", 1)
+    return int(getattr(sizes, "num_key_value_heads", None) or getattr(sizes, "n_kv_heads", 1))
 
 
 def _of_decoding(run: Run, shapes: Shapes, own: float, name: str) -> list[Advice]:

@@ -17,7 +17,7 @@ from ais_jax.chips import GIB, Chip, Times, times
 from ais_jax.train.setup import Run
 
 # XLA cannot time kernels of a GPU that is not there.
-_GPU_OPTIONS = {"xla_gpu_autotune_level": 0}
+_GPU_OPTIONS: Any = {"xla_gpu_autotune_level": 0}
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
@@ -79,9 +79,7 @@ def compile_all(
       told: is called with each result when it is there.
     """
     shapes = programs_lib.shapes_of(run)
-    held = {
-        name: programs_lib.bytes_on_a_device(tree) for name, tree in shapes.held.items()
-    }
+    held = {name: programs_lib.bytes_on_a_device(tree) for name, tree in shapes.held.items()}
     results = []
     for program in programs_lib.programs_of(run, shapes):
         if names and program.name not in names:
@@ -105,7 +103,7 @@ def _compile(program: Program, mesh: jax.sharding.Mesh, beside: int, chip: Chip 
         seconds = time.perf_counter() - began
         return Result(program, seconds, Memory(None, None, None, peak), beside, allowed or limit)
     seconds = time.perf_counter() - began
-    costs = costs_lib.count(compiled.as_text(), mesh.devices.size, program.turns)
+    costs = costs_lib.count(compiled.as_text() or "", mesh.devices.size, program.turns)
     least = None
     if chip is not None:
         least = times(chip, costs.operations, costs.moved, costs.total_received)
@@ -116,7 +114,7 @@ def _compile(program: Program, mesh: jax.sharding.Mesh, beside: int, chip: Chip 
 
 def memory_of(compiled: jax.stages.Compiled) -> Memory:
     """What the compiler plans for one device."""
-    plan = compiled.memory_analysis()
+    plan: Any = compiled.memory_analysis()
     arguments, outputs = plan.argument_size_in_bytes, plan.output_size_in_bytes
     temporaries = plan.temp_size_in_bytes
     # Outputs that take the place of donated arguments are there once.

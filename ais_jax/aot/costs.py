@@ -328,9 +328,7 @@ def _dot(i: Instruction, left: Shape) -> float:
     """Operations of a dot, or of a call of a GPU's library for one; 0 of other calls."""
     if i.opcode == "custom-call" and "__cublas" not in i.attributes:
         return 0.0
-    axes = re.search(
-        r'lhs_contracting_dim(?:s=\{|ensions":\[)([^}\]]*)[}\]]', i.attributes
-    )
+    axes = re.search(r'lhs_contracting_dim(?:s=\{|ensions":\[)([^}\]]*)[}\]]', i.attributes)
     found = [int(x) for x in re.findall(r"\d+", axes[1])] if axes else []
     return 2.0 * math.prod(i.shapes[0].dims) * math.prod(left.dims[axis] for axis in found)
 

@@ -30,7 +30,7 @@ class Program(NamedTuple):
     """
 
     name: str
-    lower: Callable[[], jax.stages.Lowered]
+    lower: Callable[[], Any]
     takes: frozenset[str]
     calls: float
     turns: int = 1
@@ -98,9 +98,7 @@ def _frozen(run: Run) -> Any:
     )
     frozen = jax.eval_shape(run.policy.hold, placed(shapes, models.shardings_of(model, mesh)))
     axes = quantize.copy_axes(model.param_axes(), frozen)
-    return placed(
-        frozen, mesh_lib.param_shardings(axes, frozen, mesh, mesh_lib.TRAIN_RULES)
-    )
+    return placed(frozen, mesh_lib.param_shardings(axes, frozen, mesh, mesh_lib.TRAIN_RULES))
 
 
 def _batch(run: Run) -> TrainBatch:
@@ -132,10 +130,9 @@ def _rows(tree: Any, rows: int) -> Any:
 
 def programs_of(run: Run, shapes: Shapes) -> list[Program]:
     """The programs of a step, in the order of their calls."""
-    c, programs, policy = run.config, run.programs, run.policy
-    scalar = jax.ShapeDtypeStruct(
-        (), jnp.float32, sharding=mesh_lib.replicated(programs.mesh)
-    )
+    c, policy = run.config, run.policy
+    programs: Any = run.programs  # its functions are jitted, which Callable does not say
+    scalar = jax.ShapeDtypeStruct((), jnp.float32, sharding=mesh_lib.replicated(programs.mesh))
     minibatch = _rows(shapes.batch, c.grpo.minibatch_size)
     whole = frozenset(("parameters", "frozen base"))
     # The old policy, the reference, and where plans are not those of sampling the copy.

@@ -111,7 +111,8 @@ def _heading(run: Run, shapes, chip: Chip | None, topology: str) -> list[str]:
     lines = [
         f"{topology}: {mesh.devices.size} x {device.device_kind}"
         + ("" if chip is None else f" of {chip.memory / GIB:.2f} GiB")
-        + f", mesh {axes}, rollouts in {recipe}" + (f" ({why})" if why else ""),
+        + f", mesh {axes}, rollouts in {recipe}"
+        + (f" ({why})" if why else ""),
         "Compiled, not run: sizes are the compiler's plan, times an estimate at peak rates.",
         f"Kept from step to step, GiB on each device: {', '.join(held)}",
     ]

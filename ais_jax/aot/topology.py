@@ -45,7 +45,9 @@ def _tpus(name: str) -> list:
     # Otherwise libtpu asks a server of Google's cloud what machine it is on.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
-    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-16")  # any: the topology is what counts
+    os.environ.setdefault(
+        "TPU_ACCELERATOR_TYPE", "v5litepod-16"
+    )  # any: the topology is what counts
     from jax.experimental import topologies
 
     try:

@@ -105,9 +105,7 @@ def run_blocks(
     return x, jax.tree.map(lambda _, *parts: Unstacked(parts), cache, *news, is_leaf=is_unstacked)
 
 
-def _with_params(
-    block: nnx.Module, call: Callable, schedule: Schedule
-) -> tuple[Callable, Any]:
+def _with_params(block: nnx.Module, call: Callable, schedule: Schedule) -> tuple[Callable, Any]:
     """(x, (parameters, cache)) -> call(block, x, cache) as a function, and the parameters."""
     graphdef, params = nnx.split(block)
 

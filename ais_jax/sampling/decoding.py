@@ -61,7 +61,7 @@ def placement(state: Decoding, model: Model, mesh: Mesh) -> Decoding:
     """Where a state lives: rows over the batch axes, heads over `tensor`. NamedShardings."""
     # What the host reads is whole on every device, so that every process can decide alike.
     everywhere, rows = mesh_lib.replicated(mesh), mesh_lib.batch_sharding(mesh)
-    by_row = {
+    by_row: dict[str, Any] = {
         name: rows if name in ("tokens", "logps", "keys") else everywhere
         for name in Decoding._fields
         if name != "cache"

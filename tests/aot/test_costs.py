@@ -1,3 +1,4 @@
+# ruff: noqa: E501 (lines are as XLA writes them)
 """What a program does, counted in its text: against arithmetic, XLA's analysis and loops undone."""
 
 import jax

@@ -12,7 +12,7 @@ from ais_jax import config as config_lib
 from ais_jax import mesh as mesh_lib
 from ais_jax import settings
 from ais_jax.aot import hlo
-from ais_jax.models import LladaConfig, Qwen3_5Config, Qwen3Config, build
+from ais_jax.models import Qwen3_5Config, Qwen3Config, build
 from ais_jax.sampling import Policy, Rollout, SamplingConfig
 from ais_jax.sampling import logps as lp
 from ais_jax.train import setup
@@ -23,7 +23,7 @@ MODELS = {
         vocab_size=VOCAB,
         hidden_size=WIDTH,
         intermediate_size=32,
-        num_hidden_layers=2,
+        num_hidden_layers=1,
         num_attention_heads=4,
         num_key_value_heads=2,
         head_dim=8,
@@ -43,10 +43,6 @@ MODELS = {
         linear_key_head_dim=8,
         linear_value_head_dim=8,
         tie_word_embeddings=False,
-    ),
-    "llada": LladaConfig(
-        vocab_size=VOCAB, d_model=WIDTH, mlp_hidden_size=32, n_layers=2, n_heads=4, n_kv_heads=4,
-        mask_token_id=VOCAB - 1,
     ),
 }
 
@@ -119,7 +115,7 @@ def test_a_split_output_layer_is_not_gathered(mesh, monkeypatch):
     want, expected = compiled(model, params, jax.tree.map(jnp.asarray, batch))(
         params, jax.tree.map(jnp.asarray, batch)
     )
-    assert value == pytest.approx(want, rel=1e-5)
+    assert float(value) == pytest.approx(float(want), rel=1e-5)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), grads, expected)
     module = hlo.parse(program.as_text())
     gathered = {
