@@ -34,6 +34,8 @@ _FREE = {
 }
 _SLICES = ("dynamic-slice", "slice", "gather")
 _UPDATES = ("dynamic-update-slice", "scatter")
+# A part of their result takes that part of their operand; fusions within fusions are taken for such.
+_ONE_TO_ONE = ("bitcast", "copy", "convert", "reshape", "fusion")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -203,27 +205,35 @@ class _Counter:
         return min(whole, self._used(fusion, index, whole))
 
     def _used(self, fusion: str, index: int, whole: float) -> float:
+        """Of `whole` bytes, those that a fusion needs: what is sliced is computed in part alone."""
         body = self.module.computations.get(fusion, {})
-        at = [i.name for i in body.values() if i.opcode == "parameter" and i.inside == str(index)]
+        at = [i for i in body.values() if i.opcode == "parameter" and i.inside == str(index)]
         total = 0.0
         while at:
-            name = at.pop()
+            source = at.pop()
             for use in body.values():
-                if name not in use.operands:
+                if source.name not in use.operands:
                     continue
-                if use.opcode == "bitcast":
-                    at.append(use.name)
-                elif use.opcode in _SLICES and use.operands[0] == name:
-                    total += use.shapes[0].size
-                elif use.opcode in _UPDATES and use.operands[0] == name:
-                    total += 0.0  # changed in place
-                elif use.opcode == "fusion":
-                    (inner,) = hlo.called(use, "calls")
-                    places = [k for k, x in enumerate(use.operands) if x == name]
-                    total += sum(self._used(inner, k, whole) for k in places)
+                needed = self._needed(source, use, whole)
+                if needed < whole:
+                    total += needed
+                elif use.opcode in _ONE_TO_ONE and not use.root:
+                    at.append(use)  # what its own users need of it
                 else:
                     return whole
         return total
+
+    def _needed(self, source: Instruction, use: Instruction, whole: float) -> float:
+        """Of `whole` bytes of `source`, those that one user needs."""
+        if use.operands[0] == source.name and use.opcode in _SLICES:
+            return whole * math.prod(use.shapes[0].dims) / max(math.prod(source.shapes[0].dims), 1)
+        if use.operands[0] == source.name and use.opcode in _UPDATES:
+            return 0.0  # changed in place
+        if use.opcode == "fusion":
+            (inner,) = hlo.called(use, "calls")
+            places = [k for k, name in enumerate(use.operands) if name == source.name]
+            return sum(self._used(inner, k, whole) for k in places)
+        return whole
 
     def _written(self, fusion: str, i: Instruction) -> float:
         """Bytes that a fusion writes: of what it changes in place, the part that changes."""

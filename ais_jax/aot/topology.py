@@ -44,6 +44,7 @@ def _tpus(name: str) -> list:
         )
     # Otherwise libtpu asks a server of Google's cloud what machine it is on.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # its lock is for real TPUs
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
     os.environ.setdefault(
         "TPU_ACCELERATOR_TYPE", "v5litepod-16"

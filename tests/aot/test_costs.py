@@ -192,6 +192,38 @@ ENTRY %main (x: bf16[64,100], new: bf16[64,1], i: s32[]) -> bf16[64,100] {
     assert costs.count(text, 1).moved == 2 * 128 + 4
 
 
+def test_a_slice_of_what_is_converted_on_the_way():
+    """A fusion within a fusion gives a kernel other tiles, and one layer is taken of that."""
+    text = """
+%retiled (p0.1: s8[36,64,128]) -> s8[36,64,128] {
+  %p0.1 = s8[36,64,128]{2,1,0:T(32,128)} parameter(0)
+  ROOT %copy = s8[36,64,128]{2,1,0:T(8,128)} copy(%p0.1)
+}
+
+%fused (p0: s8[36,64,128], p1: s32[]) -> bf16[64,128] {
+  %p0 = s8[36,64,128]{2,1,0:T(32,128)} parameter(0)
+  %p1 = s32[] parameter(1)
+  %zero = s32[] constant(0)
+  %inner = s8[36,64,128]{2,1,0:T(8,128)} fusion(%p0), kind=kLoop, calls=%retiled
+  %wide = bf16[36,64,128]{2,1,0} convert(%inner)
+  %layer = bf16[1,64,128]{2,1,0} dynamic-slice(%wide, %p1, %zero, %zero), dynamic_slice_sizes={1,64,128}
+  ROOT %flat = bf16[64,128]{1,0} bitcast(%layer)
+}
+
+ENTRY %main (x: s8[36,64,128], i: s32[]) -> bf16[64,128] {
+  %x = s8[36,64,128]{2,1,0} parameter(0)
+  %i = s32[] parameter(1)
+  ROOT %y = bf16[64,128]{1,0} fusion(%x, %i), kind=kLoop, calls=%fused
+}
+"""
+    assert costs.count(text, 1).moved == 64 * 128 + 4 + 2 * 64 * 128
+    used = text.replace(
+        "ROOT %flat = bf16[64,128]{1,0} bitcast(%layer)",
+        "ROOT %all = bf16[64,128]{1,0} reduce(%wide, %layer)",
+    )
+    assert costs.count(used, 1).moved == 36 * 64 * 128 + 4 + 2 * 64 * 128
+
+
 LAYERS, ROWS, SIZE = 6, 16, 32
 
 
