@@ -34,7 +34,7 @@ _FREE = {
 }
 _SLICES = ("dynamic-slice", "slice", "gather")
 _UPDATES = ("dynamic-update-slice", "scatter")
-# A part of their result takes that part of their operand; fusions within fusions are taken for such.
+# A part of their result takes that part of their operand. Fusions in fusions are taken for such.
 _ONE_TO_ONE = ("bitcast", "copy", "convert", "reshape", "fusion")
 
 
