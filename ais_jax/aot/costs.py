@@ -300,11 +300,16 @@ def _operand_shapes(body: dict[str, Instruction], i: Instruction) -> list[Shape]
 
 def _group_size(attributes: str, devices: int) -> int:
     """Devices that exchange with each other."""
-    pairs = re.search(r"source_target_pairs=\{\{", attributes)
+    if "source_target_pairs={{" in attributes:
+        return 2
     listed = re.search(r"replica_groups=\{\{([\d,]*)\}", attributes)
     iota = re.search(r"replica_groups=\[\d+,(\d+)\]", attributes)
-    if pairs:
-        return 2
+    mesh = re.search(r"replica_groups=(?:@\w+ )?mesh\[([^\]]*)\][^{]*\{([^}]*)\}", attributes)
+    if mesh:
+        sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", mesh[1])}
+        # An axis, or a part of one as 'axis':(what comes before)size.
+        axes = re.findall(r"'([^']+)'(?::\(\d+\)(\d+))?", mesh[2])
+        return math.prod(int(part) if part else sizes[name] for name, part in axes)
     if listed:
         return len(listed[1].split(","))
     return int(iota[1]) if iota else devices

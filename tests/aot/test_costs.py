@@ -96,6 +96,8 @@ def test_a_program_needs_an_entry():
         ("replica_groups=[4,2]<=[2,4]T(1,0)", 2),
         ("replica_groups={{0,1,2,3,4,5,6,7}}", 8),
         ("replica_groups={}", 16),
+        ("replica_groups=mesh['axis_0'=16,'axis_1'=4] {'axis_1'}, dimensions={0}", 4),
+        ("replica_groups=mesh['data'=2,'fsdp'=8,'tensor'=4] {'data','fsdp':(2)4}", 8),
     ],
 )
 @pytest.mark.parametrize(
