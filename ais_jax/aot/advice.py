@@ -20,6 +20,7 @@ class Advice(NamedTuple):
 
     setting: str
     freed: float  # bytes of a device, roughly
+    where: str = ""  # if that takes other devices
 
 
 def advise(run: Run, shapes: Shapes, result: Result, count: int = 3) -> list[Advice]:
@@ -52,7 +53,10 @@ def _of_state(run: Run, held: dict[str, int]) -> list[Advice]:
     if config.model.lora is None:
         # 12 bytes a parameter, of which a base in bfloat16 keeps 2.
         found.append(Advice("model.lora.rank=32", state * 5 / 6))
-    elif config.model.lora.base_recipe == "none":
+    elif config.model.lora.rank > 1:
+        halved = config.model.lora.rank // 2
+        found.append(Advice(f"model.lora.rank={halved}", (state + held["reference"]) / 2))
+    if config.model.lora is not None and config.model.lora.base_recipe == "none":
         found.append(Advice("model.lora.base_recipe=int8_weight_only", held["frozen base"] / 2))
     if mesh.shape["data"] > 1:
         split = mesh.shape["data"] * mesh.shape["fsdp"]
@@ -62,6 +66,10 @@ def _of_state(run: Run, held: dict[str, int]) -> list[Advice]:
     if mesh.shape["fsdp"] % 2 == 0 and _heads(run) % wider == 0:
         setting = f"mesh.fsdp={mesh.shape['fsdp'] // 2} mesh.tensor={wider}"
         found.append(Advice(setting, held["rollout copy"] / 2))
+    if held["reference"]:
+        found.append(Advice("grpo.kl_coef=0", held["reference"]))
+    more = (state + held["frozen base"]) / 2
+    found.append(Advice(f"mesh.fsdp={2 * mesh.shape['fsdp']}", more, " on twice the chips"))
     if config.rollout.recipe == "none":
         found.append(Advice("rollout.recipe=int8", held["rollout copy"] / 2))
     return found

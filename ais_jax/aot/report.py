@@ -164,7 +164,7 @@ def _verdict(run: Run, shapes, result: Result) -> str:
         f"{gib(result.limit)} on each device. What would help most:"
     ]
     lines += [
-        f"  {advice.setting}  (about {gib(advice.freed)} GiB less)"
+        f"  {advice.setting}{advice.where}  (about {gib(advice.freed)} GiB less)"
         for advice in advise(run, shapes, result)
     ]
     return "\n".join(lines)
