@@ -50,14 +50,18 @@ class Chip:
 
 def _tpu(name, gib, bf16, int8, fp8, gb_a_second, link) -> Chip:
     """Figures in GiB, tera-operations and GB. Float32 is six passes of bfloat16, or one."""
-    rates = [x * TERA for x in (bf16, int8, fp8, bf16, bf16 / 6)]
-    return Chip(name, gib * GIB, *rates, gb_a_second * GB, link * GB)
+    rates = _rates(bf16=bf16, int8=int8, fp8=fp8, f32=bf16, f32_highest=bf16 / 6)
+    return Chip(name, gib * GIB, bandwidth=gb_a_second * GB, link=link * GB, **rates)
 
 
 def _gpu(name, gb, bf16, int8, fp8, tf32, f32, gb_a_second, link) -> Chip:
     """Figures in GB and tera-operations, without sparsity. A twentieth of the memory is CUDA's."""
-    rates = [x * TERA for x in (bf16, int8, fp8, tf32, f32)]
-    return Chip(name, 0.95 * gb * GB, *rates, gb_a_second * GB, link * GB)
+    rates = _rates(bf16=bf16, int8=int8, fp8=fp8, f32=tf32, f32_highest=f32)
+    return Chip(name, 0.95 * gb * GB, bandwidth=gb_a_second * GB, link=link * GB, **rates)
+
+
+def _rates(**tera: float) -> dict[str, float]:
+    return {kind: rate * TERA for kind, rate in tera.items()}
 
 
 # (device kinds, chip). TPUs: the pages of each version in docs.cloud.google.com/tpu, read in

@@ -78,7 +78,7 @@ def _of_state(run: Run, held: dict[str, int]) -> list[Advice]:
 def _heads(run: Run) -> int:
     """Key and value heads."""
     sizes = run.policy.model.config
-    return int(getattr(sizes, "num_key_value_heads", None) or getattr(sizes, "n_kv_heads", 1))
+    return getattr(sizes, "num_key_value_heads", 0) or getattr(sizes, "n_kv_heads", 1)
 
 
 def _of_decoding(run: Run, shapes: Shapes, own: float, name: str) -> list[Advice]:
