@@ -1,4 +1,4 @@
-"""The command line: train, report, generate, convert."""
+"""The command line: train, report, generate, convert, aot."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ from ais_jax.errors import UserError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command; returns the exit code: 0, or 2 after an error of one line.
+    """Runs a command; returns the exit code.
 
-    A training run that is told to leave by SIGTERM raises SystemExit(143) once it is saved.
+    0, 1 where `aot` finds that something does not fit, 2 after an error of one line. A training run
+    that is told to leave by SIGTERM raises SystemExit(143) once it is saved.
     """
     parser = argparse.ArgumentParser(
         prog="ais-jax", description="GRPO with quantized rollouts, corrected by AIS."
@@ -26,6 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     _add_report(commands)
     _add_generate(commands)
     _add_convert(commands)
+    _add_aot(commands)
     args = parser.parse_args(argv)
     # transformers and jax chatter on standard error at import; a person's error must stand alone.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -240,3 +242,42 @@ def _convert(args) -> int:
 
     print(convert(args.model, args.target, args.to, args.dtype))
     return 0
+
+
+def _add_aot(commands) -> None:
+    aot = commands.add_parser(
+        "aot",
+        help="compile a config for devices that are not there",
+        description="Compiles the programs of a step for a topology, and says what each needs, how "
+        "long it would take at least and whether it fits. Exits with 1 if one does not.",
+    )
+    add = aot.add_argument
+    add("config", help="a YAML file, such as configs/qwen3_8b_gsm8k.yaml")
+    add("overrides", nargs="*", metavar="key=value", help="settings that replace those of the file")
+    add(
+        "--topology",
+        required=True,
+        metavar="NAME",
+        help="a TPU slice by its chips along each axis: v5e:4x4, v5p:4x4x4, v6e:4x4, tpu7x:2x2x1; "
+        "or cuda:1x1x8, slices, hosts and GPUs",
+    )
+    add(
+        "--program",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="compile this one alone; may be repeated: quantize, prefill, decode and grow (of "
+        "diffusion models rollout), score, update",
+    )
+    add("--gpu-target", metavar="FILE", help="of GPUs, XLA's GpuTargetConfigProto as text")
+    aot.set_defaults(run=_aot)
+
+
+def _aot(args) -> int:
+    # Whatever accelerator this machine has is not the one that is compiled for.
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    from ais_jax import config as config_lib
+    from ais_jax.aot import aot
+
+    config = config_lib.load(args.config, args.overrides)
+    return 0 if aot(config, args.topology, args.program, args.gpu_target) else 1

@@ -6,6 +6,7 @@ import dataclasses
 import math
 
 import jax
+from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ais_jax.errors import UserError
@@ -62,7 +63,11 @@ def make_mesh(config: MeshConfig, devices: list | None = None) -> Mesh:
             f"not make {len(devices)} devices; set one of them to -1 or correct the product"
         )
     kinds = (jax.sharding.AxisType.Auto,) * len(AXES)
-    return jax.make_mesh(tuple(sizes), AXES, axis_types=kinds, devices=devices)
+    try:
+        return jax.make_mesh(tuple(sizes), AXES, axis_types=kinds, devices=devices)
+    except NotImplementedError:  # an axis is a part of one of the network's
+        places = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+        return Mesh(places, AXES, axis_types=kinds)
 
 
 def one_by_one(platform: str) -> dict[str, bool]:
@@ -79,6 +84,16 @@ def one_by_one(platform: str) -> dict[str, bool]:
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Rows split over the batch axes."""
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+
+
+def spread_rows(x: jax.Array, mesh: Mesh | None) -> jax.Array:
+    """`x` [B, ...] with its rows over the batch axes and its other axes whole.
+
+    As it is without a mesh, or where these axes do not divide the rows.
+    """
+    if mesh is None or x.shape[0] % math.prod(mesh.shape[axis] for axis in BATCH_AXES):
+        return x
+    return jax.lax.with_sharding_constraint(x, batch_sharding(mesh))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -117,5 +117,5 @@ def _load_run(folder: pathlib.Path, dtype: str) -> LoadedPolicy:
         _, frozen = initial_params(run)
         params = lora.merge(run.policy.join(trained, frozen))
     params = cast_params(model, params, dtype)
-    model = dataclasses.replace(model, dtype=dtype, remat=False)
+    model = dataclasses.replace(model, dtype=dtype, remat=False, mesh=None)
     return LoadedPolicy(model, params, run.prompter.tokenizer)

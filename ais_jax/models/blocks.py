@@ -15,8 +15,9 @@ from typing import Any, NamedTuple
 
 import jax
 from flax import nnx
+from jax.sharding import Mesh
 
-from ais_jax.mesh import is_axes
+from ais_jax.mesh import is_axes, spread_rows
 
 
 @jax.tree_util.register_dataclass
@@ -36,6 +37,7 @@ class Schedule(NamedTuple):
 
     remat: bool = False  # recompute each block in the backward pass
     unroll: bool = False  # compile every block of stacked parameters, instead of a loop over one
+    mesh: Mesh | None = None  # over which rows are spread between blocks
 
 
 def is_unstacked(x: Any) -> bool:
@@ -70,7 +72,7 @@ def call_block(
     block: nnx.Module, call: Callable, x: jax.Array, cache: Any, schedule: Schedule
 ) -> tuple[jax.Array, Any]:
     """call(block, x, cache), as it is scheduled."""
-    run, params = _with_params(block, call, schedule.remat)
+    run, params = _with_params(block, call, schedule)
     return run(x, (params, cache))
 
 
@@ -89,7 +91,7 @@ def run_blocks(
     Returns:
       (x, what is new of all caches, in the same form).
     """
-    run, params = _with_params(blocks, call, schedule.remat)
+    run, params = _with_params(blocks, call, schedule)
     leaves = jax.tree.leaves(params, is_leaf=is_unstacked)
     if not is_unstacked(leaves[0]):
         return jax.lax.scan(run, x, (params, cache), unroll=schedule.unroll)
@@ -103,12 +105,14 @@ def run_blocks(
     return x, jax.tree.map(lambda _, *parts: Unstacked(parts), cache, *news, is_leaf=is_unstacked)
 
 
-def _with_params(block: nnx.Module, call: Callable, remat: bool) -> tuple[Callable, Any]:
+def _with_params(block: nnx.Module, call: Callable, schedule: Schedule) -> tuple[Callable, Any]:
     """(x, (parameters, cache)) -> call(block, x, cache) as a function, and the parameters."""
     graphdef, params = nnx.split(block)
 
     def run(x, inputs):
         params, cache = inputs
+        # Or the compiler may split D as it finds it in the kernels, and sum every product.
+        x = spread_rows(x, schedule.mesh)
         return call(nnx.merge(graphdef, params), x, cache)
 
-    return jax.checkpoint(run) if remat else run, params
+    return jax.checkpoint(run) if schedule.remat else run, params

@@ -138,10 +138,3 @@ def put_rows(axes: Any, cache: Any, new: Any, rows: jax.Array, position: jax.Arr
         return old.at[at].set(new.astype(old.dtype), mode="drop")
 
     return map_axes(one, axes, cache, new)
-
-
-def constrain(axes: Any, cache: Any, place: Callable) -> Any:
-    """The cache where `place(names, array)`, a sharding, says."""
-    return map_axes(
-        lambda names, x: jax.lax.with_sharding_constraint(x, place(names, x)), axes, cache
-    )

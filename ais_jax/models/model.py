@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from flax.traverse_util import unflatten_dict
+from jax.sharding import Mesh
 
 from ais_jax.linear import columns, wide_linear
 from ais_jax.models import cache as cache_lib
@@ -52,12 +53,14 @@ class Model:
       dtype: dtype of activations, "bfloat16" or "float32"; parameters are cast where used.
       remat: recompute each block in the backward pass instead of storing its activations.
       unroll: compile every block instead of a loop over one: faster on a CPU.
+      mesh: over which the rows of activations are spread; None leaves that to the inputs.
     """
 
     config: ModelConfig
     dtype: str = "bfloat16"
     remat: bool = False
     unroll: bool = False
+    mesh: Mesh | None = None
 
     @property
     def mask_id(self) -> int | None:
@@ -115,7 +118,7 @@ class Model:
             empty.
         """
         module = self._module(params)
-        schedule = Schedule(self.remat, self.unroll)
+        schedule = Schedule(self.remat, self.unroll, self.mesh)
         hidden, new = module.hidden(
             tokens, positions, key_mask, cache, index, jnp.dtype(self.dtype), schedule
         )

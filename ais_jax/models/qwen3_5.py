@@ -347,7 +347,9 @@ class Network(layers.LanguageModel):
             lambda group, x, group_cache: group(x, group_cache, context, schedule),
             self.embed(tokens, dtype),
             cache,
-            Schedule(unroll=schedule.unroll),  # blocks are recomputed one by one, not groups
+            Schedule(
+                unroll=schedule.unroll, mesh=schedule.mesh
+            ),  # blocks are recomputed one by one, not groups
         )
         return layers.rms_norm_zero_centred(x, self.norm.get_value(), c.rms_norm_eps), cache
 

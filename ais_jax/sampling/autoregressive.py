@@ -283,4 +283,5 @@ def score(
         temperature=config.temperature or 1,
         allowed=config.allowed_ids(model.config.vocab_size),
         chunk=config.score_chunk,
+        vocab_chunk=lp.vocab_chunk(model.mesh),
     )

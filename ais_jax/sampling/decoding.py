@@ -57,17 +57,12 @@ class Setting(NamedTuple):
         return self.mesh.devices.flat[0].platform
 
 
-def _placed(setting: Setting, state: Decoding) -> Decoding:
-    """The state with its rows over the batch axes and its heads over `tensor`."""
-    if setting.mesh is None:
-        return state
-    mesh = setting.mesh
+def placement(state: Decoding, model: Model, mesh: Mesh) -> Decoding:
+    """Where a state lives: rows over the batch axes, heads over `tensor`. NamedShardings."""
     # What the host reads is whole on every device, so that every process can decide alike.
     everywhere, rows = mesh_lib.replicated(mesh), mesh_lib.batch_sharding(mesh)
-    by_row = {
-        name: jax.lax.with_sharding_constraint(
-            getattr(state, name), rows if name in ("tokens", "logps", "keys") else everywhere
-        )
+    by_row: dict[str, Any] = {
+        name: rows if name in ("tokens", "logps", "keys") else everywhere
         for name in Decoding._fields
         if name != "cache"
     }
@@ -75,8 +70,16 @@ def _placed(setting: Setting, state: Decoding) -> Decoding:
     def place(names, x) -> NamedSharding:
         return mesh_lib.sharding_of(names, x.shape, mesh, mesh_lib.CACHE_RULES)
 
-    axes = setting.model.cache_axes
-    return state._replace(**by_row, cache=cache_lib.constrain(axes, state.cache, place))
+    cache: Any = cache_lib.map_axes(place, model.cache_axes, state.cache)
+    return Decoding(**by_row, cache=cache)
+
+
+def _placed(setting: Setting, state: Decoding) -> Decoding:
+    """The state where `placement` says."""
+    if setting.mesh is None:
+        return state
+    where = placement(state, setting.model, setting.mesh)
+    return jax.lax.with_sharding_constraint(state, where)
 
 
 def _draw(setting: Setting, params: Params, hidden: jax.Array, keys: jax.Array, step: jax.Array):

@@ -209,7 +209,13 @@ def _score_positions(model, params, hidden, tokens, canvas: Plan, config: Sampli
     temperature = config.temperature or 1
     tokens = jnp.take_along_axis(tokens, canvas.positions, axis=1)
     logps, entropy = lp.token_logps(
-        hidden, unembed, tokens, temperature=temperature, allowed=allowed, chunk=config.score_chunk
+        hidden,
+        unembed,
+        tokens,
+        temperature=temperature,
+        allowed=allowed,
+        chunk=config.score_chunk,
+        vocab_chunk=lp.vocab_chunk(model.mesh),
     )
     if config.settings.selection:
         logits = unembed(hidden)

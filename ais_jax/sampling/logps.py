@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import sys
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
+from jax.sharding import Mesh
 
 from ais_jax.sampling.types import SamplingConfig
 
@@ -181,6 +183,16 @@ def _least_kept(probs: jax.Array, top_p: float) -> jax.Array:
     # 1.0 and what is below it are fewer than 2^30 patterns.
     low, _ = jax.lax.fori_loop(0, 30, halve, (jnp.zeros_like(above), above))
     return jax.lax.bitcast_convert_type(low, jnp.float32)
+
+
+def vocab_chunk(mesh: Mesh | None) -> int:
+    """Ids whose logits exist at the same time: `VOCAB_CHUNK`, or the share of a device.
+
+    An output layer that is split over `tensor` is not sliced: every slice would have to be gathered
+    from the devices that hold its parts, and would be multiplied by all of them.
+    """
+    split = mesh is not None and mesh.shape["tensor"] > 1
+    return sys.maxsize if split else VOCAB_CHUNK
 
 
 def token_logps(

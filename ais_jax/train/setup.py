@@ -84,8 +84,10 @@ def build_run(config: Config, directory: pathlib.Path, devices: list | None = No
     """
     task = tasks.get_task(config.task.name)
     source, model, tokenizer = _open_policy(config, task)
-    policy = Policy(model, _sampling(config, model, tokenizer), config.model.lora)
     mesh = mesh_lib.make_mesh(config.mesh, devices)
+    if mesh.size > 1:
+        model = dataclasses.replace(model, mesh=mesh)
+    policy = Policy(model, _sampling(config, model, tokenizer), config.model.lora)
     schedule = learning_rate_schedule(config)
     updates = config.grpo.inner_epochs * config.grpo.minibatches
     recipe = _recipe(config, mesh)
