@@ -28,7 +28,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     _add_generate(commands)
     _add_convert(commands)
     _add_aot(commands)
-    args = parser.parse_args(argv)
+    args, more = parser.parse_known_args(argv)
+    if more:  # argparse takes no overrides behind an option
+        if any(text.startswith("-") for text in more) or not hasattr(args, "overrides"):
+            parser.error(f"unrecognized arguments: {' '.join(more)}")
+        args.overrides += more
     # transformers and jax chatter on standard error at import; a person's error must stand alone.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:

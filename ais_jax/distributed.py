@@ -11,6 +11,8 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
+import socket
+import time
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -34,6 +36,7 @@ _LAUNCHERS = (
     "MEGASCALE_COORDINATOR_ADDRESS",
 )
 _COUNTS = ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE")
+_PATIENCE = 300.0  # seconds that a process waits for process 0, as jax does
 
 
 def start(
@@ -62,13 +65,18 @@ def start(
     if alone or processes == 1 or jax.distributed.is_initialized():
         return
     _check(coordinator, processes, process_id, launched)
+    if coordinator is not None and process_id:
+        _wait_for(coordinator)  # jax would end the process without a word that helps
+    _join(told, launched)
+    if jax.distributed.is_initialized() and not first():
+        logging.getLogger("ais_jax").setLevel(logging.ERROR)
+
+
+def _join(told: tuple[str | None, int | None, int | None], launched: bool) -> None:
+    """Lets jax join the others, where there are any."""
+    method = None if launched else "deactivate"
     try:
-        jax.distributed.initialize(
-            coordinator,
-            processes,
-            process_id,
-            cluster_detection_method=None if launched else "deactivate",
-        )
+        jax.distributed.initialize(*told, cluster_detection_method=method)
     except ValueError as error:
         if told != (None, None, None) or "coordinator_address" not in str(error):
             raise UserError(f"several processes: {_line(error)}") from error
@@ -79,12 +87,7 @@ def start(
             ) from error
         # Nobody is there: a TPU library without a TPU.
     except RuntimeError as error:
-        raise UserError(
-            f"process {process_id} of {processes} cannot join the others at {coordinator}: "
-            f"{_line(error)}"
-        ) from error
-    if jax.distributed.is_initialized() and not first():
-        logging.getLogger("ais_jax").setLevel(logging.ERROR)
+        raise UserError(f"this process cannot join the others: {_line(error)}") from error
 
 
 def _launched() -> bool:
@@ -114,12 +117,30 @@ def _check(
             f"of several processes each needs all of {', '.join(names)} (or JAX_COORDINATOR_"
             f"ADDRESS, JAX_NUM_PROCESSES, JAX_PROCESS_ID); {' and '.join(missing)} missing"
         )
-    if coordinator is not None and not coordinator.rpartition(":")[2].isdecimal():
+    port = "1" if coordinator is None else coordinator.rpartition(":")[2]
+    if not port.isdecimal() or not 0 < int(port) < 65536:
         raise UserError(f"--coordinator={coordinator} must be host:port of process 0")
     if processes is not None and processes < 1:
         raise UserError(f"--processes={processes} must be at least 1")
     if process_id is not None and not 0 <= process_id < (processes or process_id + 1):
         raise UserError(f"--process-id={process_id} must be from 0 to --processes - 1")
+
+
+def _wait_for(coordinator: str) -> None:
+    """Returns once process 0 listens."""
+    host, _, port = coordinator.rpartition(":")
+    deadline = time.monotonic() + _PATIENCE
+    while True:
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
+            return
+        except OSError as error:
+            if time.monotonic() > deadline:
+                raise UserError(
+                    f"process 0 cannot be reached at --coordinator={coordinator}: {_line(error)}; "
+                    "is it running, and is the port open?"
+                ) from error
+        time.sleep(0.2)
 
 
 def _line(error: Exception) -> str:

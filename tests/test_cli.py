@@ -48,6 +48,8 @@ def test_help_lists_every_key_with_its_meaning():
         ([CONFIG, "task.heldout_examples=10000000"], ["10000000", "exist"]),
         ([CONFIG, "rollout.max_prompt_tokens=4"], ["max_prompt_tokens=4"]),
         ([CONFIG, "rollout.max_new_tokens=2"], ["max_new_tokens=2"]),
+        ([CONFIG, "--processes", 2], ["--coordinator and --process-id missing"]),
+        ([CONFIG, "train.data_workers=-1"], ["data_workers=-1"]),
     ],
 )
 def test_mistakes_are_one_line_and_exit_code_2(args, parts, tmp_path):

@@ -231,6 +231,7 @@ def test_a_single_process_is_left_alone(tmp_path, task):
     ("told", "environment", "message"),
     [
         (("localhost", 2, 0), {}, "--coordinator=localhost must be host:port"),
+        (("localhost:99999", 2, 1), {}, "--coordinator=localhost:99999 must be host:port"),
         (("localhost:1", None, None), {}, "--processes and --process-id missing"),
         ((None, 2, None), {}, "--coordinator and --process-id missing"),
         (("localhost:1", 2, 2), {}, "--process-id=2 must be from 0"),
@@ -275,3 +276,10 @@ def test_a_pod_that_cannot_find_the_others_does_not_run_alone(tmp_path):
     )
     (done,) = launch([["-c", code]], tmp_path, [{"JOB_COMPLETION_INDEX": "0"}])
     assert done[1].startswith("jax cannot find the other pods of this indexed job"), done[2]
+
+
+def test_a_process_0_that_is_not_there_is_told(monkeypatch):
+    monkeypatch.setattr(distributed, "_PATIENCE", 0.1)
+    monkeypatch.setattr(distributed.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"process 0 cannot be reached at --coordinator=127\.0\.0"):
+        distributed.start(f"127.0.0.1:{port()}", 2, 1)
