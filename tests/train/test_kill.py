@@ -19,7 +19,7 @@ from ais_jax.train.metrics import read_metrics
 
 HERE = pathlib.Path(__file__).parent
 STEPS = 40
-CLOCKED = ("_seconds", "_per_second")
+CLOCKED = ("_seconds", "_per_second", "_gib")
 PATIENCE = 300  # seconds that anything may take on a busy machine before the test gives up
 SCRIPT = """
 import sys
