@@ -77,9 +77,9 @@ class MetricsWriter:
         self,
         output_dir: PathLike,
         truncate_after: int | None = None,
-        also: Sequence[Log] = (),
         lengths: Mapping[str, int] | None = None,
         warn: Callable[[str], None] = lambda text: None,
+        also: Sequence[Log] = (),
     ):
         """Prepares metrics.jsonl, samples.jsonl and tensorboard/ for appending.
 
@@ -89,9 +89,9 @@ class MetricsWriter:
           output_dir: created where missing.
           truncate_after: step that the run resumes from: what was written for later steps is
             dropped from both files and hidden in TensorBoard. None keeps everything.
-          also: further places that `write` writes to.
           lengths: `lengths()` at that step; the files are cut there, without reading them.
           warn: is told when the disk is full. Lines then wait for the next that can be written.
+          also: further places that `write` writes to.
 
         Raises:
           UserError: an existing file has a line that is not a JSON object with a step.

@@ -66,7 +66,7 @@ def train(
         summary = _stages(run, examples, checkpoints, rewarder, phases, began)
         newest = checkpoints.latest_step()
     if distributed.first():
-        _write_summary(run, summary)
+        _conclude(run, summary)
     if newest is None or newest < config.train.steps:
         raise UserError(
             f"the last checkpoint is not saved, the newest in {run.directory} is of step {newest}; "
@@ -75,7 +75,8 @@ def train(
     return summary
 
 
-def _write_summary(run: Run, summary: dict) -> None:
+def _conclude(run: Run, summary: dict) -> None:
+    """Shows the results and writes them down."""
     title = f"{run.config.task.name}: before and after GRPO"
     final_table(summary["before"], summary["after"], title=title)
     try:

@@ -28,8 +28,7 @@ class Writer(Protocol):
         """Some of its completions."""
 
     def lengths(self) -> dict[str, int]:
-        """Bytes of the files so far, by name."""
-        raise NotImplementedError
+        """Bytes of the files, by name."""
 
     def close(self) -> None:
         """Writes out what is left."""
@@ -45,7 +44,7 @@ class Silent:
         """Nothing."""
 
     def lengths(self) -> dict[str, int]:
-        """None of any."""
+        """Of no file."""
         return {}
 
     def close(self) -> None:
@@ -141,7 +140,7 @@ def open_writer(
 ):
     """A `Writer` for the steps after `start`; of several processes the first one's alone writes.
 
-    `lengths` and `warn` are those of `MetricsWriter`.
+    For `lengths` and `warn` see `MetricsWriter`.
 
     Raises:
       UserError: a file of the folder is malformed, or Weights & Biases cannot be used.
@@ -158,4 +157,4 @@ def _writer(config: Config, directory: pathlib.Path, start: int, lengths, warn) 
         return Silent()
     project = config.train.wandb
     also = [] if project is None else [WandbLog(project, directory, config)]
-    return MetricsWriter(directory, start, also, lengths, warn)
+    return MetricsWriter(directory, start, lengths, warn, also)
