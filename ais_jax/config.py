@@ -331,6 +331,11 @@ class Config:
         "folder of the results; null is runs/<config name>-<time>. A run that is there goes on",
     )
 
+    @property
+    def sampled_at_once(self) -> int:
+        """Completions that are sampled at a time."""
+        return min(self.rollout.slots or self.grpo.batch_size, self.grpo.batch_size)
+
     def check_devices(self, batch_devices: int, processes: int = 1) -> None:
         """Refuses batches that cannot be shared out evenly.
 

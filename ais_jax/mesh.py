@@ -81,6 +81,11 @@ def one_by_one(platform: str) -> dict[str, bool]:
     return {"xla_cpu_enable_concurrency_optimized_scheduler": False}
 
 
+def batch_devices(mesh: Mesh) -> int:
+    """Devices that share the rows of a batch: data x fsdp."""
+    return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+
+
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Rows split over the batch axes."""
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
@@ -91,7 +96,7 @@ def spread_rows(x: jax.Array, mesh: Mesh | None) -> jax.Array:
 
     As it is without a mesh, or where these axes do not divide the rows.
     """
-    if mesh is None or x.shape[0] % math.prod(mesh.shape[axis] for axis in BATCH_AXES):
+    if mesh is None or x.shape[0] % batch_devices(mesh):
         return x
     return jax.lax.with_sharding_constraint(x, batch_sharding(mesh))
 

@@ -10,14 +10,13 @@ The two alternate, and each pair gives one difference, so a machine that drifts 
 from __future__ import annotations
 
 import argparse
-import datetime
 import pathlib
-import platform
 import tempfile
 import time
 
 import jax
 import numpy as np
+from common import show
 
 from ais_jax import config as config_lib
 from ais_jax.train import data, loop, setup
@@ -95,14 +94,8 @@ def main() -> None:
     parser.add_argument("config")
     parser.add_argument("--repeats", type=int, default=100)
     args = parser.parse_args()
-    device = jax.devices()[0]
-    print(f"# AIS against TIS: {args.config}\n")
-    print(f"`python benchmarks/ais_overhead.py {args.config} --repeats {args.repeats}`")
-    print(f"on {device.device_kind}, {platform.machine()}, jax {jax.__version__}, "
-          f"{datetime.date.today()}\n")  # fmt: skip
-    print("| | ms (last row: %) |\n|---|---|")
-    for name, value in measure(args.config, args.repeats).items():
-        print(f"| {name} | {value:.2f} |")
+    command = f"benchmarks/ais_overhead.py {args.config} --repeats {args.repeats}"
+    show(f"AIS against TIS: {args.config}", command, measure(args.config, args.repeats))
 
 
 if __name__ == "__main__":

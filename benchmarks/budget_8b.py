@@ -79,7 +79,7 @@ def main() -> None:
     if run.policy.sampling.diffusion is None:
         cache = programs.decoding_state(run, shapes, args.length).cache
         rows[f"cache of {args.rollouts} rows"] = bytes_of(cache)
-    for result in compile_all(run, None):
+    for result in compile_all(run, shapes, None):
         print(f"compiled {result.program.name}: {result.seconds:.0f} s", flush=True)
         rows[f"temporaries of {result.program.name}"] = result.memory.temporaries or 0
     for name, size in rows.items():

@@ -10,9 +10,7 @@ save in 50 steps, bound the share that saving has of a run.
 from __future__ import annotations
 
 import argparse
-import datetime
 import pathlib
-import platform
 import sys
 import tempfile
 import threading
@@ -20,6 +18,7 @@ import time
 
 import jax
 import numpy as np
+from common import show
 
 from ais_jax import config as config_lib
 from ais_jax import memory
@@ -74,14 +73,8 @@ def main() -> None:
     parser.add_argument("config")
     parser.add_argument("--saves", type=int, default=12)
     args = parser.parse_args()
-    device = jax.devices()[0]
-    print(f"# Saving checkpoints: {args.config}\n")
-    print(f"`python benchmarks/checkpoint_overhead.py {args.config} --saves {args.saves}`")
-    print(f"on {device.device_kind}, {platform.machine()}, jax {jax.__version__}, "
-          f"{datetime.date.today()}\n")  # fmt: skip
-    print("| | ms (last row: %) |\n|---|---|")
-    for name, value in measure(args.config, args.saves).items():
-        print(f"| {name} | {value:.2f} |")
+    command = f"benchmarks/checkpoint_overhead.py {args.config} --saves {args.saves}"
+    show(f"Saving checkpoints: {args.config}", command, measure(args.config, args.saves))
 
 
 if __name__ == "__main__":

@@ -38,6 +38,13 @@ def table(*rows: tuple) -> list[str]:
     return [lines[0], "|" + " --- |" * len(rows[0]), *lines[1:]]
 
 
+def show(title: str, command: str, figures: Mapping[str, float]) -> None:
+    """Prints figures of a command, milliseconds but for the last one, which is a share."""
+    rows = ((name, f"{value:.2f}") for name, value in figures.items())
+    lines = [f"# {title}", "", f"    python {command}", "", f"{machine()}. {load()}.", ""]
+    print("\n".join([*lines, *table(("", "ms (last row: %)"), *rows)]))
+
+
 def machine() -> str:
     """Date, devices, processor and versions."""
     device = jax.devices()[0]

@@ -9,6 +9,7 @@ import sys
 import jax
 import numpy as np
 import pytest
+from tiny_job import QWEN3
 
 from ais_jax import config as config_lib
 from ais_jax import distributed, settings
@@ -148,16 +149,7 @@ def config():
     return settings.build(
         config_lib.Config,
         {
-            "model": {
-                "qwen3": {
-                    "hidden_size": 32,
-                    "intermediate_size": 64,
-                    "num_hidden_layers": 1,
-                    "num_attention_heads": 4,
-                    "num_key_value_heads": 2,
-                    "head_dim": 8,
-                }
-            },
+            "model": {"qwen3": QWEN3},
             "task": {
                 "train_examples": 128,
                 "heldout_examples": 16,

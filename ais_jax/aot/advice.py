@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 from ais_jax import mesh as mesh_lib
@@ -59,7 +58,7 @@ def _of_state(run: Run, held: dict[str, int]) -> list[Advice]:
     if config.model.lora is not None and config.model.lora.base_recipe == "none":
         found.append(Advice("model.lora.base_recipe=int8_weight_only", held["frozen base"] / 2))
     if mesh.shape["data"] > 1:
-        split = mesh.shape["data"] * mesh.shape["fsdp"]
+        split = mesh_lib.batch_devices(mesh)
         freed = (state + held["frozen base"]) * (1 - 1 / mesh.shape["data"])
         found.append(Advice(f"mesh.data=1 mesh.fsdp={split}", freed))
     wider = 2 * mesh.shape["tensor"]
@@ -89,7 +88,7 @@ def _of_decoding(run: Run, shapes: Shapes, own: float, name: str) -> list[Advice
     caches = cache * (2 if name == "grow" else 1)
     rows = programs_lib.rows_at_a_time(run) // 2
     found = []
-    if rows % _batch_devices(mesh) == 0 and rows:
+    if rows % mesh_lib.batch_devices(mesh) == 0 and rows:
         found.append(Advice(f"rollout.slots={rows}", (caches + own) / 2))
     if config.kv_cache == "none":
         found.append(Advice("rollout.kv_cache=int8_kv", caches * 0.47))
@@ -105,7 +104,7 @@ def _of_decoding(run: Run, shapes: Shapes, own: float, name: str) -> list[Advice
 def _of_learning(run: Run, own: float, name: str) -> list[Advice]:
     config, found = run.config, []
     rows = config.grpo.rows // 2
-    if rows and rows % _batch_devices(run.programs.mesh) == 0:
+    if rows and rows % mesh_lib.batch_devices(run.programs.mesh) == 0:
         found.append(Advice(f"grpo.micro_batch_size={rows}", own / 2))
     if name == "update" and not config.train.remat:
         found.append(Advice("train.remat=true", own * 0.7))
@@ -114,7 +113,3 @@ def _of_learning(run: Run, own: float, name: str) -> list[Advice]:
         length = config.rollout.max_prompt_tokens + config.rollout.max_new_tokens
         found.append(Advice(f"rollout.max_new_tokens={half}", own * half / length))
     return found
-
-
-def _batch_devices(mesh) -> int:
-    return math.prod(mesh.shape[axis] for axis in mesh_lib.BATCH_AXES)

@@ -12,7 +12,7 @@ import jax
 from ais_jax.aot import costs as costs_lib
 from ais_jax.aot import programs as programs_lib
 from ais_jax.aot.costs import Costs
-from ais_jax.aot.programs import Program
+from ais_jax.aot.programs import Program, Shapes
 from ais_jax.chips import GIB, Chip, Times, times
 from ais_jax.train.setup import Run
 
@@ -66,6 +66,7 @@ class Result(NamedTuple):
 
 def compile_all(
     run: Run,
+    shapes: Shapes,
     chip: Chip | None,
     names: Collection[str] = (),
     told: Callable[[Result], Any] = lambda result: None,
@@ -74,11 +75,11 @@ def compile_all(
 
     Args:
       run: built on the devices to compile for.
+      shapes: the run's.
       chip: figures of one of them, None if they are not known.
       names: of programs; empty takes all.
       told: is called with each result when it is there.
     """
-    shapes = programs_lib.shapes_of(run)
     held = {name: programs_lib.bytes_on_a_device(tree) for name, tree in shapes.held.items()}
     results = []
     for program in programs_lib.programs_of(run, shapes):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -185,10 +184,8 @@ def _keys(rows: int) -> jax.ShapeDtypeStruct:
 
 def rows_at_a_time(run: Run) -> int:
     """Completions that decode together."""
-    c, mesh = run.config, run.programs.mesh
-    devices = math.prod(mesh.shape[axis] for axis in mesh_lib.BATCH_AXES)
-    rows = min(c.rollout.slots or c.grpo.batch_size, c.grpo.batch_size)
-    return -(-rows // devices) * devices
+    devices = mesh_lib.batch_devices(run.programs.mesh)
+    return -(-run.config.sampled_at_once // devices) * devices
 
 
 def decoding_state(run: Run, shapes: Shapes, columns: int) -> Any:
@@ -210,9 +207,8 @@ def longest(run: Run) -> int:
 def _beginning(run: Run, shapes: Shapes):
     """`decoding.begin` with its inputs and what is static."""
     c, mesh, rows = run.config, run.programs.mesh, rows_at_a_time(run)
-    devices = math.prod(mesh.shape[axis] for axis in mesh_lib.BATCH_AXES)
     group = c.grpo.group_size
-    repeats = 1 if rows % group or rows // group % devices else group
+    repeats = 1 if rows % (group * mesh_lib.batch_devices(mesh)) else group
     by_row = mesh_lib.batch_sharding(mesh)
     prompts = _rows(shapes.batch.rollout, rows // repeats)
     keys, live = placed((_keys(rows), jax.ShapeDtypeStruct((rows,), bool)), by_row)

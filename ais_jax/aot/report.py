@@ -61,8 +61,7 @@ def report(
     config, note = without_absent_checkpoint(config)
     try:
         run = build_run(config, pathlib.Path("unused"), devices)
-        mesh = run.programs.mesh
-        config.check_devices(mesh.shape["data"] * mesh.shape["fsdp"])
+        config.check_devices(mesh_lib.batch_devices(run.programs.mesh))
     except ValueError as error:
         raise UserError(str(error)) from error
     shapes = programs_lib.shapes_of(run)
@@ -73,7 +72,7 @@ def report(
                 f"--program {name} is none of this config's: choose from {', '.join(known)}"
             )
     write("\n".join([*_heading(run, shapes, chip, topology), *note]))
-    results = compile_all(run, chip, names, lambda result: write(_progress(result)))
+    results = compile_all(run, shapes, chip, names, lambda result: write(_progress(result)))
     write("\nGiB on each device\n" + _table(_MEMORY, [_memory_row(r) for r in results]))
     write("\nOne call, on each device\n" + _table(_WORK, [_work_row(r) for r in results]))
     if all(r.times for r in results) and not names:

@@ -11,7 +11,6 @@ length, V vocabulary.
 from __future__ import annotations
 
 import functools
-import math
 from typing import Any, NamedTuple
 
 import jax
@@ -160,7 +159,7 @@ def _job(setting: Setting, params: Params, prompts, mask, keys: jax.Array) -> _J
     return _Job(
         *(setting, params, prompts[:, -width:], mask[:, -width:], keys),
         repeats=len(keys) // len(prompts),
-        multiple=1 if mesh is None else math.prod(mesh.shape[a] for a in mesh_lib.BATCH_AXES),
+        multiple=1 if mesh is None else mesh_lib.batch_devices(mesh),
         fewest=_LEAST_ROWS_ON_CPU if slow else 1,
     )
 

@@ -12,6 +12,7 @@ import time
 import jax
 
 from ais_jax import distributed, report, settings
+from ais_jax import mesh as mesh_lib
 from ais_jax.config import Config
 from ais_jax.errors import UserError
 from ais_jax.evaluate import build_evaluator
@@ -92,8 +93,7 @@ def _prepare(config: Config, directory: pathlib.Path) -> tuple[Run, Examples, in
     try:
         tracking.check(config)
         run = build_run(config, directory)
-        sizes = run.programs.mesh.shape
-        config.check_devices(sizes["data"] * sizes["fsdp"], jax.process_count())
+        config.check_devices(mesh_lib.batch_devices(run.programs.mesh), jax.process_count())
         generated = build_examples(config)
         examples = drop_long(generated, run.prompter)
     except ValueError as error:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import pathlib
 from collections.abc import Callable
 from typing import NamedTuple
@@ -109,9 +108,8 @@ def _recipe(config: Config, mesh: jax.sharding.Mesh) -> tuple[str, str | None]:
     if recipe != "auto":
         return recipe, None
     device = mesh.devices.flat[0]
-    rows = min(config.rollout.slots or config.grpo.batch_size, config.grpo.batch_size)
-    sharing = math.prod(mesh.shape[axis] for axis in mesh_lib.BATCH_AXES)
-    return choose_recipe(device.platform, device.device_kind, -(-rows // sharing))
+    rows = -(-config.sampled_at_once // mesh_lib.batch_devices(mesh))
+    return choose_recipe(device.platform, device.device_kind, rows)
 
 
 def _open_policy(config: Config, task) -> tuple[Source | None, Model, Tokenizer]:

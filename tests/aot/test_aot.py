@@ -61,8 +61,8 @@ def shapes(run):
 
 
 @pytest.fixture(scope="module")
-def results(run):
-    found = compile_lib.compile_all(run, ROOMY, ["decode", "grow", "update"])
+def results(run, shapes):
+    found = compile_lib.compile_all(run, shapes, ROOMY, ["decode", "grow", "update"])
     return {result.program.name: result for result in found}
 
 
@@ -125,7 +125,7 @@ def test_products_are_counted_by_layer_and_token(run, results):
 def test_a_decoding_call_is_a_segment(run, results):
     """Twice the tokens of a segment are twice the products."""
     longer = build_run(make(**{"rollout.segment": 24}), pathlib.Path("unused"), jax.devices())
-    (other,) = compile_lib.compile_all(longer, None, ["decode"])
+    (other,) = compile_lib.compile_all(longer, programs.shapes_of(longer), None, ["decode"])
     assert other.program.turns == 24
     assert other.times is None
     assert results["decode"].program.turns == 16
@@ -263,7 +263,7 @@ def test_a_diffusion_model_is_filled_in_block_by_block():
     assert found["rollout"].turns == 4  # steps of each of three blocks
     assert found["score"].calls == 2  # the copy is scored at the plans' canvases too
     assert shapes.batch.rollout.tokens.shape == (64, 24)
-    (result,) = compile_lib.compile_all(run, ROOMY, ["rollout"])
+    (result,) = compile_lib.compile_all(run, shapes, ROOMY, ["rollout"])
     block = 32 * 4 * 32 + 3 * 32 * 64
     least = 2 * 2 * block * 32 * 40 * 12 / 8  # every step goes through prompt and completion
     # On a CPU kernels that share their input are one, which is not split over `tensor`.

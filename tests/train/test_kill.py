@@ -11,6 +11,7 @@ import time
 import jax
 import numpy as np
 import pytest
+from tiny_job import QWEN3
 
 from ais_jax import config as config_lib
 from ais_jax import settings
@@ -36,16 +37,7 @@ class Job:
         self.run, self.file = folder / "run", folder / "config.yaml"
         self.torn = 0  # kills that have left a half-written checkpoint
         sections = {
-            "model": {
-                "qwen3": {
-                    "hidden_size": 32,
-                    "intermediate_size": 64,
-                    "num_hidden_layers": 1,
-                    "num_attention_heads": 4,
-                    "num_key_value_heads": 2,
-                    "head_dim": 8,
-                }
-            },
+            "model": {"qwen3": QWEN3},
             "task": {"train_examples": 64, "heldout_examples": 8},
             "rollout": {"max_prompt_tokens": 16, "max_new_tokens": 8},
             "grpo": {"batch_size": 16, "group_size": 4},

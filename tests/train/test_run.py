@@ -7,6 +7,7 @@ import time
 import jax
 import numpy as np
 import pytest
+from tiny_job import QWEN3
 
 import ais_jax
 from ais_jax import config as config_lib
@@ -54,16 +55,7 @@ def job(tmp_path, monkeypatch):
         config = settings.build(
             config_lib.Config,
             {
-                "model": {
-                    "qwen3": {
-                        "hidden_size": 32,
-                        "intermediate_size": 64,
-                        "num_hidden_layers": 1,
-                        "num_attention_heads": 4,
-                        "num_key_value_heads": 2,
-                        "head_dim": 8,
-                    }
-                },
+                "model": {"qwen3": QWEN3},
                 "task": {
                     "train_examples": 256,
                     "heldout_examples": 32,
