@@ -15,6 +15,8 @@ from ais_jax.ais_config import AISConfig
 from ais_jax.lora import LoraConfig
 from ais_jax.mesh import MeshConfig
 from ais_jax.models import LladaConfig, ModelConfig, Qwen3_5Config, Qwen3Config
+from ais_jax.models.attention import KINDS
+from ais_jax.models.blocks import KEPT
 from ais_jax.models.cache import FORMATS, NONE
 from ais_jax.models.published import PUBLISHED
 from ais_jax.recipes import RECIPES
@@ -245,6 +247,11 @@ class OptimizerConfig:
     final_fraction: float = setting(0.1, "learning rate at the end, as a fraction of the peak")
     b1: float = setting(0.9, "decay of the first moment")
     b2: float = setting(0.95, "decay of the second moment")
+    mu_dtype: str = setting(
+        "float32",
+        "dtype of the first moment; the second is float32, bfloat16 would lose its small changes",
+        choices=("float32", "bfloat16"),
+    )
     weight_decay: float = setting(0.0, "decoupled weight decay, on kernels and embeddings alone")
     max_grad_norm: float = setting(1.0, "clip of the global gradient norm")
 
@@ -268,6 +275,18 @@ class TrainConfig:
         choices=("bfloat16", "float32"),
     )
     remat: bool = setting(False, "recompute each block in the backward pass to save memory")
+    remat_keeps: str = setting(
+        "nothing",
+        "what remat does not compute again; products, the results of linears, take memory and save "
+        "most of the time",
+        choices=tuple(KEPT),
+    )
+    attention: str = setting(
+        "auto",
+        "to whole sequences: whole holds all scores at once, chunked those of some queries, cudnn "
+        "(GPU) and splash (TPU) none; auto picks by device and length",
+        choices=KINDS,
+    )
     checkpoint_every: int = setting(50, "steps between checkpoints; 0 saves at the end alone")
     checkpoint_keep: int = setting(2, "newest checkpoints that are kept")
     eval_every: int = setting(0, "steps between held-out evaluations; 0 evaluates before and after")

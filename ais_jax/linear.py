@@ -8,8 +8,12 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from ais_jax.quantize import QuantArray, codes, multipliable
+
+# By this name policies of rematerialization know what `linear` returns.
+RESULT = "linear"
 
 
 @jax.tree_util.register_dataclass
@@ -68,7 +72,7 @@ def linear(x: jax.Array, w: Kernel) -> jax.Array:
     Raises:
       ValueError: the shapes do not fit.
     """
-    return wide_linear(x, w).astype(x.dtype)
+    return checkpoint_name(wide_linear(x, w).astype(x.dtype), RESULT)
 
 
 def wide_linear(x: jax.Array, w: Kernel) -> jax.Array:

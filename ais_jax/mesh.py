@@ -81,6 +81,11 @@ def one_by_one(platform: str) -> dict[str, bool]:
     return {"xla_cpu_enable_concurrency_optimized_scheduler": False}
 
 
+def platform_of(mesh: Mesh | None) -> str:
+    """Where programs run: "cpu", "gpu", "tpu"...; without a mesh jax's default."""
+    return jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
+
+
 def batch_devices(mesh: Mesh) -> int:
     """Devices that share the rows of a batch: data x fsdp."""
     return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
@@ -94,9 +99,9 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 def spread_rows(x: jax.Array, mesh: Mesh | None) -> jax.Array:
     """`x` [B, ...] with its rows over the batch axes and its other axes whole.
 
-    As it is without a mesh, or where these axes do not divide the rows.
+    As it is without a mesh of several devices, or where these axes do not divide the rows.
     """
-    if mesh is None or x.shape[0] % batch_devices(mesh):
+    if mesh is None or mesh.size == 1 or x.shape[0] % batch_devices(mesh):
         return x
     return jax.lax.with_sharding_constraint(x, batch_sharding(mesh))
 

@@ -17,7 +17,14 @@ import jax
 from flax import nnx
 from jax.sharding import Mesh
 
+from ais_jax.linear import RESULT
 from ais_jax.mesh import is_axes, spread_rows
+
+# What a recomputed block keeps all the same: its input alone, or the results of its linears.
+KEPT = {
+    "nothing": None,
+    "products": jax.checkpoint_policies.save_only_these_names(RESULT),
+}
 
 
 @jax.tree_util.register_dataclass
@@ -36,8 +43,10 @@ class Schedule(NamedTuple):
     """How blocks are run."""
 
     remat: bool = False  # recompute each block in the backward pass
+    keep: str = "nothing"  # of it, one of `KEPT`
     unroll: bool = False  # compile every block of stacked parameters, instead of a loop over one
     mesh: Mesh | None = None  # over which rows are spread between blocks
+    attention: str = "auto"  # one of `attention.KINDS`
 
 
 def is_unstacked(x: Any) -> bool:
@@ -115,4 +124,6 @@ def _with_params(block: nnx.Module, call: Callable, schedule: Schedule) -> tuple
         x = spread_rows(x, schedule.mesh)
         return call(nnx.merge(graphdef, params), x, cache)
 
-    return jax.checkpoint(run) if schedule.remat else run, params
+    if schedule.remat:
+        run = jax.checkpoint(run, policy=KEPT[schedule.keep])
+    return run, params

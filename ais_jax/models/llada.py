@@ -13,7 +13,8 @@ from typing import Any
 from flax import nnx
 
 from ais_jax.errors import UserError
-from ais_jax.models import hf_config, layers, qwen3
+from ais_jax.models import hf_config, qwen3
+from ais_jax.models.attention import Kernel, Masks, padding_masks
 from ais_jax.models.cache import KVCache
 from ais_jax.models.naming import Tensor, block_tensors
 from ais_jax.models.qwen3 import Qwen3Config
@@ -89,9 +90,9 @@ class Network(qwen3.Network):
     def __init__(self, config: LladaConfig, *, rngs: nnx.Rngs):
         super().__init__(config.block_config(), rngs=rngs)
 
-    def masks(self, key_mask, queries: int, cache, index) -> layers.Masks:
+    def masks(self, key_mask, queries: int, cache, index, kernel: Kernel) -> Masks:
         """Every query sees every real key."""
-        return layers.padding_masks(key_mask, queries, cache, index)
+        return padding_masks(key_mask, queries, cache, index, kernel)
 
 
 CACHE_AXES = qwen3.CACHE_AXES

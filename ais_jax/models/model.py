@@ -52,15 +52,19 @@ class Model:
       config: sizes.
       dtype: dtype of activations, "bfloat16" or "float32"; parameters are cast where used.
       remat: recompute each block in the backward pass instead of storing its activations.
+      remat_keeps: what is stored all the same, one of `blocks.KEPT`.
       unroll: compile every block instead of a loop over one: faster on a CPU.
       mesh: over which the rows of activations are spread; None leaves that to the inputs.
+      attention: to whole sequences, one of `attention.KINDS`.
     """
 
     config: ModelConfig
     dtype: str = "bfloat16"
     remat: bool = False
+    remat_keeps: str = "nothing"
     unroll: bool = False
     mesh: Mesh | None = None
+    attention: str = "auto"
 
     @property
     def mask_id(self) -> int | None:
@@ -118,7 +122,7 @@ class Model:
             empty.
         """
         module = self._module(params)
-        schedule = Schedule(self.remat, self.unroll, self.mesh)
+        schedule = Schedule(self.remat, self.remat_keeps, self.unroll, self.mesh, self.attention)
         hidden, new = module.hidden(
             tokens, positions, key_mask, cache, index, jnp.dtype(self.dtype), schedule
         )

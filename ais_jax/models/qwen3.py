@@ -15,6 +15,7 @@ from flax import nnx
 from ais_jax.linear import linear
 from ais_jax.models import cache as cache_lib
 from ais_jax.models import hf_config, layers
+from ais_jax.models.attention import Kernel, Masks, attention, causal_masks
 from ais_jax.models.blocks import Schedule, run_blocks
 from ais_jax.models.cache import KVCache
 from ais_jax.models.naming import Tensor, block_tensors
@@ -87,7 +88,7 @@ class Blocks(nnx.Module):
         self.up_proj = layers.kernel(rngs, n, (d, f), ("embed", "mlp"))
         self.down_proj = layers.kernel(rngs, n, (f, d), ("mlp", "embed"), small)
 
-    def __call__(self, x, angles, masks: layers.Masks, cache: KVCache | None):
+    def __call__(self, x, angles, masks: Masks, cache: KVCache | None):
         """One block. x [B, T, D]; returns (x, what is new of the block's cache)."""
         eps = self.config.rms_norm_eps
         with jax.named_scope("attention"):
@@ -112,7 +113,7 @@ class Blocks(nnx.Module):
             q = layers.rms_norm(q, self.q_norm.get_value(), c.rms_norm_eps)
             k = layers.rms_norm(k, self.k_norm.get_value(), c.rms_norm_eps)
         q, k = layers.apply_rotary(q, angles), layers.apply_rotary(k, angles)
-        out, cache = layers.attention(q, k, v, masks, cache)
+        out, cache = attention(q, k, v, masks, cache)
         return linear(out, self.o_proj.get_value()), cache
 
 
@@ -122,16 +123,16 @@ class Network(layers.LanguageModel):
     def __init__(self, config: Qwen3Config, *, rngs: nnx.Rngs):
         super().__init__(config, Blocks, rngs=rngs)
 
-    def masks(self, key_mask, queries: int, cache, index) -> layers.Masks:
+    def masks(self, key_mask, queries: int, cache, index, kernel: Kernel) -> Masks:
         """Which keys each query may see: those up to its own place."""
-        return layers.causal_masks(key_mask, queries, cache, index)
+        return causal_masks(key_mask, queries, cache, index, kernel)
 
     def hidden(
         self, tokens, positions, key_mask, cache: KVCache | None, index, dtype, schedule: Schedule
     ):
         """Final hidden states [B, T, D] of tokens [B, T], and what is new of the cache."""
         angles = layers.rotary_angles(positions, self.config.head_dim, self.config.rope_theta)
-        masks = self.masks(key_mask, tokens.shape[1], cache, index)
+        masks = self.masks(key_mask, tokens.shape[1], cache, index, Kernel.of(schedule))
         x, new = run_blocks(
             self.layers,
             lambda block, x, block_cache: block(x, angles, masks, block_cache),

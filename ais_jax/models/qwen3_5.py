@@ -19,6 +19,7 @@ from ais_jax.errors import UserError
 from ais_jax.linear import linear
 from ais_jax.models import cache as cache_lib
 from ais_jax.models import deltanet, hf_config, layers
+from ais_jax.models.attention import Kernel, Masks, attention, causal_masks
 from ais_jax.models.blocks import Schedule, call_block, run_blocks
 from ais_jax.models.naming import Tensor, block_tensors
 from ais_jax.settings import at_least, positive, setting
@@ -129,7 +130,7 @@ class _Context(NamedTuple):
     """What every block needs besides its input."""
 
     angles: tuple[jax.Array, jax.Array]
-    masks: layers.Masks
+    masks: Masks
     token_mask: jax.Array  # [B, T]
 
 
@@ -191,7 +192,7 @@ class FullBlocks(_Block):
         q, gate = jnp.split(queries, 2, axis=-1)
         q = self._rotate(self.norm(q, self.q_norm), context.angles)
         k = self._rotate(self.norm(k, self.k_norm), context.angles)
-        out, cache = layers.attention(q, k, v, context.masks, cache)
+        out, cache = attention(q, k, v, context.masks, cache)
         gate = jax.nn.sigmoid(gate.reshape(*shape, -1))
         return linear(out * gate, self.o_proj.get_value()), cache
 
@@ -339,7 +340,7 @@ class Network(layers.LanguageModel):
         c, length = self.config, tokens.shape[1]
         context = _Context(
             layers.rotary_angles(positions, c.rotary_dim, c.rope_theta),
-            layers.causal_masks(key_mask, length, cache, index),
+            causal_masks(key_mask, length, cache, index, Kernel.of(schedule)),
             jax.lax.dynamic_slice_in_dim(key_mask, index, length, axis=1),
         )
         x, cache = run_blocks(
@@ -347,9 +348,7 @@ class Network(layers.LanguageModel):
             lambda group, x, group_cache: group(x, group_cache, context, schedule),
             self.embed(tokens, dtype),
             cache,
-            Schedule(
-                unroll=schedule.unroll, mesh=schedule.mesh
-            ),  # blocks are recomputed one by one, not groups
+            schedule._replace(remat=False),  # blocks are recomputed one by one, not groups
         )
         return layers.rms_norm_zero_centred(x, self.norm.get_value(), c.rms_norm_eps), cache
 

@@ -52,9 +52,7 @@ class Setting(NamedTuple):
     @property
     def platform(self) -> str:
         """Where it runs: "cpu", "gpu"..."""
-        if self.mesh is None:
-            return jax.default_backend()
-        return self.mesh.devices.flat[0].platform
+        return mesh_lib.platform_of(self.mesh)
 
 
 def placement(state: Decoding, model: Model, mesh: Mesh) -> Decoding:

@@ -32,7 +32,12 @@ def _rise(peak: float, steps: int, after: optax.Schedule) -> optax.Schedule:
 
 
 def adamw(
-    schedule: optax.Schedule, b1: float, b2: float, weight_decay: float, max_grad_norm: float
+    schedule: optax.Schedule,
+    b1: float,
+    b2: float,
+    weight_decay: float,
+    max_grad_norm: float,
+    mu_dtype: str = "float32",
 ) -> optax.GradientTransformation:
     """Clip, then AdamW; decay spares norms, decay rates and convolutions."""
 
@@ -44,7 +49,9 @@ def adamw(
 
     return optax.chain(
         optax.clip_by_global_norm(max_grad_norm),
-        optax.adamw(schedule, b1=b1, b2=b2, weight_decay=weight_decay, mask=decayed),
+        optax.adamw(
+            schedule, b1=b1, b2=b2, mu_dtype=mu_dtype, weight_decay=weight_decay, mask=decayed
+        ),
     )
 
 
@@ -52,7 +59,7 @@ def grpo_optimizer(config: Config) -> optax.GradientTransformation:
     """The optimizer of the GRPO phase."""
     c = config.optimizer
     schedule = learning_rate_schedule(config)
-    return adamw(schedule, c.b1, c.b2, c.weight_decay, c.max_grad_norm)
+    return adamw(schedule, c.b1, c.b2, c.weight_decay, c.max_grad_norm, c.mu_dtype)
 
 
 def warmup_optimizer(config: WarmupConfig) -> optax.GradientTransformation:

@@ -72,7 +72,7 @@ def build_programs(
     base_shardings = mesh_lib.param_shardings(
         model.param_axes(), model.abstract_params(), mesh, mesh_lib.TRAIN_RULES
     )
-    platform = mesh.devices.flat[0].platform
+    platform = mesh_lib.platform_of(mesh)
     rows, everywhere = mesh_lib.batch_sharding(mesh), mesh_lib.replicated(mesh)
 
     refit = functools.partial(

@@ -84,8 +84,12 @@ def build_run(config: Config, directory: pathlib.Path, devices: list | None = No
     task = tasks.get_task(config.task.name)
     source, model, tokenizer = _open_policy(config, task)
     mesh = mesh_lib.make_mesh(config.mesh, devices)
-    if mesh.size > 1:
-        model = dataclasses.replace(model, mesh=mesh)
+    model = dataclasses.replace(
+        model,
+        mesh=mesh,
+        attention=config.train.attention,
+        remat_keeps=config.train.remat_keeps,
+    )
     policy = Policy(model, _sampling(config, model, tokenizer), config.model.lora)
     schedule = learning_rate_schedule(config)
     updates = config.grpo.inner_epochs * config.grpo.minibatches

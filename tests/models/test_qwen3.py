@@ -42,7 +42,16 @@ def test_left_padding_changes_nothing():
     np.testing.assert_allclose(shifted[:, 5:], plain, atol=2e-5)
 
 
-@pytest.mark.parametrize("schedule", [{"remat": True}, {"unroll": True}], ids=str)
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        {"remat": True},
+        {"remat": True, "remat_keeps": "products"},
+        {"unroll": True},
+        {"attention": "chunked"},
+    ],
+    ids=str,
+)
 def test_how_blocks_are_run_keeps_the_gradient(schedule):
     tokens = jax.random.randint(jax.random.key(1), (2, 7), 0, 23)
     params = build(TINY).init(jax.random.key(0))
@@ -56,6 +65,24 @@ def test_how_blocks_are_run_keeps_the_gradient(schedule):
         grad(),
         grad(**schedule),
     )
+
+
+def test_what_remat_keeps_is_not_computed_again():
+    """Products with weights, whose results take memory instead."""
+    params = build(TINY).abstract_params()
+    tokens = jax.ShapeDtypeStruct((8, 64), jnp.int32)
+
+    def plan(**schedule):
+        model = Model(TINY, "bfloat16", **schedule)
+        grad = jax.jit(jax.grad(lambda p, t: model.logits(p, t).var()))
+        compiled = grad.lower(params, tokens).compile()
+        return compiled.cost_analysis()["flops"], compiled.memory_analysis().temp_size_in_bytes
+
+    everything, least = plan(remat=True)
+    some, more = plan(remat=True, remat_keeps="products")
+    none, most = plan()
+    assert none < some < everything
+    assert least < more < most
 
 
 @pytest.mark.parametrize(

@@ -218,6 +218,28 @@ def test_refit_follows_an_update():
     assert 0.1 < float(changed) <= 1
 
 
+def test_first_moments_may_be_bfloat16():
+    """Which takes their memory to a half, and moves parameters nearly the same way."""
+    params = start().params
+    gradients = jax.tree.map(lambda x: 3 * x + 0.01, params)
+
+    def after_three_updates(mu_dtype):
+        schedule = optax.constant_schedule(1e-2)
+        optimizer = adamw(schedule, 0.9, 0.95, 0.0, 1.0, mu_dtype)
+        new, state = params, optimizer.init(params)
+        for factor in (1.0, -0.5, 0.7):
+            scaled = jax.tree.map(lambda g, factor=factor: factor * g, gradients)
+            updates, state = optimizer.update(scaled, state, new)
+            new = optax.apply_updates(new, updates)
+        return new, state
+
+    new, state = after_three_updates("bfloat16")
+    types = [x.dtype for x in jax.tree.leaves(state) if x.ndim]
+    assert types.count(jnp.bfloat16) == types.count(jnp.float32) == len(jax.tree.leaves(params))
+    right, _ = after_three_updates("float32")
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=3e-4), new, right)
+
+
 def test_decay_spares_norms():
     optimizer = adamw(optax.constant_schedule(1.0), 0.9, 0.95, weight_decay=0.5, max_grad_norm=1.0)
     params = start().params
