@@ -323,6 +323,9 @@ def _operations(body: dict[str, Instruction], i: Instruction) -> dict[str, float
         return {}
     if i.opcode == "convolution":
         amount = _convolution(i, shapes[0], shapes[1])
+    elif "tpu_custom_call" in i.attributes:
+        shapes = [shape for shape in shapes if len(shape.dims) == 4]
+        amount = _splash(i, shapes)
     else:
         amount = _dot(i, shapes[0])
     return {_rate(shapes[:2], i.attributes): amount} if amount else {}
@@ -346,6 +349,24 @@ def _dot(i: Instruction, left: Shape) -> float:
     axes = re.search(r'lhs_contracting_dim(?:s=\{|ensions":\[)([^}\]]*)[}\]]', i.attributes)
     found = [int(x) for x in re.findall(r"\d+", axes[1])] if axes else []
     return 2.0 * math.prod(i.shapes[0].dims) * math.prod(left.dims[axis] for axis in found)
+
+
+# Products of queries and keys, or of such a size, in the kernels of splash attention.
+_SPLASH = {"fwd": 2, "dq": 3, "dkv": 4}
+
+
+def _splash(i: Instruction, shapes: list[Shape]) -> float:
+    """Operations of splash attention, which says nothing of them itself; 0 of other kernels.
+
+    Its first two operands of four axes are queries [B, H, T, h] and keys [B, K, S, h]. With places
+    of queries among its operands it is causal, and sees half of the pairs.
+    """
+    kind = re.match(r"splash_m[hq]a_(fwd|dq|dkv)", i.name)
+    if kind is None or len(shapes) < 2:
+        return 0.0
+    causal = any("q_sequence" in name for name in i.operands)
+    pairs = math.prod(shapes[0].dims) * shapes[1].dims[2] / (2 if causal else 1)
+    return 2.0 * _SPLASH[kind[1]] * pairs
 
 
 def _convolution(i: Instruction, left: Shape, right: Shape) -> float:

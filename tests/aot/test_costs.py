@@ -146,6 +146,36 @@ ENTRY %main (x: f32[2,10,3], y: f32[3,3,4]) -> f32[2,10,4] {
     assert costs.count(text, 1).operations == {"f32": 2 * 2 * 3 * 4 * pairs}
 
 
+SPLASH = """HloModule m
+
+ENTRY %main (q: bf16[2,16,4096,128], k: bf16[2,4,4096,128], s: s32[2,4096,128]) -> bf16[2,16,4096,128] {
+  %q = bf16[2,16,4096,128]{3,2,1,0} parameter(0)
+  %k = bf16[2,4,4096,128]{3,2,1,0} parameter(1)
+  %s = s32[2,4096,128]{2,1,0} parameter(2)
+  %b = s8[1,8,8]{2,1,0} constant({...})
+  %iota.3.q_sequence_ref = s32[4096,128]{1,0} iota(), iota_dimension=0
+  ROOT %splash_mha_KIND.1 = bf16[2,16,4096,128]{3,2,1,0} custom-call(%b, %q, %k, %k, %sPLACES), custom_call_target="tpu_custom_call"
+}
+"""
+
+
+@pytest.mark.parametrize(
+    ("kind", "places", "products"),
+    [
+        ("fwd_segmented_residuals", ", %iota.3.q_sequence_ref", 1.0),  # causal: half of two
+        ("fwd_segmented_residuals", "", 2.0),
+        ("dq_segmented_no_residuals", ", %iota.3.q_sequence_ref", 1.5),
+        ("dkv_segmented_no_residuals", ", %iota.3.q_sequence_ref", 2.0),
+        ("other", "", 0.0),
+    ],
+)
+def test_splash_attention_multiplies_what_is_seen(kind, places, products):
+    text = SPLASH.replace("KIND", kind).replace("PLACES", places)
+    found = costs.count(text, 1).operations
+    assert sum(found.values()) == products * 2 * (2 * 16) * 4096**2 * 128
+    assert set(found) <= {"bf16"}
+
+
 @pytest.mark.parametrize(
     ("line", "moved"),
     [
