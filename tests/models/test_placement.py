@@ -129,8 +129,9 @@ def test_a_split_output_layer_is_not_gathered(mesh, monkeypatch):
     assert (WIDTH, VOCAB) not in gathered
 
 
-def test_a_run_over_a_mesh_spreads_its_rows(tmp_path):
-    for axes, spreads in (({"data": 8}, True), ({"data": 1}, False)):
-        config = settings.build(config_lib.Config, {"mesh": axes})
-        run = setup.build_run(config, tmp_path, jax.devices()[: axes["data"]])
-        assert (run.policy.model.mesh is not None) == spreads
+@pytest.mark.parametrize("devices", [1, 8])
+def test_a_run_s_model_knows_its_mesh(tmp_path, devices):
+    config = settings.build(config_lib.Config, {"mesh": {"data": devices}})
+    run = setup.build_run(config, tmp_path, jax.devices()[:devices])
+    assert run.policy.model.mesh is not None
+    assert run.policy.model.mesh.shape["data"] == devices
