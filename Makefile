@@ -23,12 +23,13 @@ test: $(VENV)/.installed
 	$(BIN)/python -m pytest -n 2
 
 # The short list of tests, for another Python: make smoke PYTHON=python3.12 VENV=.venv-3.12
+# Its programs are optimized as users' are.
 smoke: $(VENV)/.installed
-	$(BIN)/python -m pytest -n 2 -m smoke
+	XLA_FLAGS="--xla_backend_optimization_level=3 --xla_llvm_disable_expensive_passes=false" \
+	  $(BIN)/python -m pytest -n 2 -m smoke
 
-# The models are tiny: most of the time would go into optimizing their programs.
 parity: $(PARITY)/.parity
-	XLA_FLAGS=--xla_backend_optimization_level=0 $(PARITY)/bin/python -m pytest -n 2 -m parity
+	$(PARITY)/bin/python -m pytest -n 2 -m parity
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff format --check .

@@ -1,12 +1,12 @@
 """The command as a person meets it: in its own process, by exit code and streams."""
 
-import os
 import pathlib
 import subprocess
 import sys
 
 import jax
 import pytest
+from tiny_job import one_device
 
 from ais_jax import settings
 from ais_jax.config import Config
@@ -17,13 +17,12 @@ CONFIG = pathlib.Path(__file__).parents[1] / "configs" / "countdown_tiny.yaml"
 
 
 def run(*args, cwd=None):
-    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
     return subprocess.run(
         [sys.executable, "-m", "ais_jax", *map(str, args)],
         capture_output=True,
         text=True,
         cwd=cwd,
-        env=environment,
+        env=one_device(),
     )
 
 

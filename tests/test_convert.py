@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 import subprocess
 import sys
 
@@ -12,6 +11,7 @@ import numpy as np
 import pytest
 import safetensors
 from safetensors.numpy import save_file
+from tiny_job import one_device
 
 import ais_jax
 from ais_jax import config as config_lib
@@ -67,9 +67,8 @@ FAMILIES = {"qwen3": QWEN, "qwen3_5": HYBRID, "llada": LLADA}
 
 
 def run(*args):
-    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
     command = [sys.executable, "-m", "ais_jax", *map(str, args)]
-    return subprocess.run(command, capture_output=True, text=True, env=environment)
+    return subprocess.run(command, capture_output=True, text=True, env=one_device())
 
 
 def save(config, folder):

@@ -1,7 +1,6 @@
 """Several processes on one CPU: what they tell each other, and a run that equals that of one."""
 
 import json
-import os
 import socket
 import subprocess
 import sys
@@ -9,7 +8,7 @@ import sys
 import jax
 import numpy as np
 import pytest
-from tiny_job import QWEN3
+from tiny_job import QUICK, QWEN3, one_device
 
 from ais_jax import config as config_lib
 from ais_jax import distributed, settings
@@ -18,8 +17,6 @@ from ais_jax.train.metrics import read_metrics
 
 LONGEST = 400  # seconds; a process that waits for another for ever must not hold up the tests
 VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
-# Tiny models: most of the time would go into optimizing their programs.
-QUICK = "--xla_backend_optimization_level=0"
 
 TALK = """
 import sys
@@ -84,12 +81,11 @@ def port() -> int:
 
 def launch(commands, cwd, environments=({}, {}, {}, {})):
     """Runs commands at the same time, with one CPU device each: [(exit code, stdout, stderr)]."""
-    plain = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
     started = [
         subprocess.Popen(
             [sys.executable, *map(str, command)],
             cwd=cwd,
-            env=plain | environment,
+            env=one_device() | environment,
             text=True,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -175,7 +171,7 @@ def test_processes_and_devices_do_not_change_what_is_learned(config, tmp_path):
     settings.save_yaml(config, tmp_path / "job.yaml")
     (tmp_path / "job.py").write_text(JOB)
     address = f"127.0.0.1:{port()}"
-    cached = {"XDG_CACHE_HOME": str(tmp_path / "cache"), "XLA_FLAGS": QUICK}
+    cached = {"XDG_CACHE_HOME": str(tmp_path / "cache")}
     eight = {**cached, "XLA_FLAGS": f"{QUICK} --xla_force_host_platform_device_count=8"}
     runs = launch(
         [*(["job.py", "two", 2, address, 2, i] for i in range(2)), ["job.py", "one", 2]],

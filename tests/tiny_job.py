@@ -1,4 +1,10 @@
-"""What the tests of whole runs train: a model whose steps take milliseconds."""
+"""What the tests of whole runs train, a model whose steps take milliseconds, and where they run."""
+
+import os
+
+# Most of their time would go into optimizing programs.
+QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+
 
 QWEN3 = {
     "hidden_size": 32,
@@ -8,3 +14,8 @@ QWEN3 = {
     "num_key_value_heads": 2,
     "head_dim": 8,
 }
+
+
+def one_device() -> dict[str, str]:
+    """The environment of a process that has one device, where the tests' own has eight."""
+    return os.environ | {"XLA_FLAGS": QUICK}

@@ -265,7 +265,13 @@ def test_a_mesh_shares_the_rows_and_the_heads(data, fsdp, tensor, kv_cache, monk
     # Sums of another order may let a near tie fall the other way.
     equal = (found.tokens == alone.tokens).all(axis=1)
     assert equal.mean() > 0.8
-    np.testing.assert_allclose(found.logps[equal], alone.logps[equal], rtol=1e-5, atol=1e-5)
+    apart = np.abs(found.logps[equal] - alone.logps[equal])
+    close = apart <= 1e-5 * (1 + np.abs(alone.logps[equal]))
+    if kv_cache == "none":
+        assert close.all()
+    else:  # and what lies halfway between two codes may become the other one
+        assert close.mean() > 0.98
+        assert apart.max() < 1e-3
     assert {"grow", "refill"} <= held.keys()
     for cache in held.values():  # rows over the batch axes, heads over `tensor`
         leaves = jax.tree.leaves(cache)

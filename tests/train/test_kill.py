@@ -11,7 +11,7 @@ import time
 import jax
 import numpy as np
 import pytest
-from tiny_job import QWEN3
+from tiny_job import QWEN3, one_device
 
 from ais_jax import config as config_lib
 from ais_jax import settings
@@ -55,15 +55,14 @@ class Job:
         settings.save_yaml(settings.build(config_lib.Config, sections), self.file)
 
     def start(self) -> subprocess.Popen:
-        environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
         paths = os.pathsep.join([str(HERE), *filter(None, sys.path)])
-        environment |= {"PYTHONPATH": paths, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+        environment = {"PYTHONPATH": paths, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
         return subprocess.Popen(
             [sys.executable, "-c", SCRIPT, str(self.file)],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            env=environment,
+            env=one_device() | environment,
         )
 
     def finish(self) -> str:
