@@ -25,8 +25,7 @@ test: $(VENV)/.installed
 # The short list of tests, for another Python: make smoke PYTHON=python3.12 VENV=.venv-3.12
 # Its programs are optimized as users' are.
 smoke: $(VENV)/.installed
-	XLA_FLAGS="--xla_backend_optimization_level=3 --xla_llvm_disable_expensive_passes=false" \
-	  $(BIN)/python -m pytest -n 2 -m smoke
+	AIS_TEST_OPTIMIZED=1 $(BIN)/python -m pytest -n 2 -m smoke
 
 parity: $(PARITY)/.parity
 	$(PARITY)/bin/python -m pytest -n 2 -m parity

@@ -11,8 +11,6 @@ import tempfile
 import tiny_job
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Most of the tests' time is LLVM's, over programs that then run for milliseconds: it optimizes
-# nothing here. `make smoke` lets it.
 os.environ["XLA_FLAGS"] = " ".join(  # of two that differ, the last one counts
     ["--xla_force_host_platform_device_count=8", tiny_job.QUICK, os.environ.get("XLA_FLAGS", "")]
 )

@@ -1,10 +1,15 @@
 """What the tests of whole runs train, a model whose steps take milliseconds, and where they run."""
 
+import importlib.metadata
 import os
 
-# Most of their time would go into optimizing programs.
+# Most of the tests' time would go into optimizing programs that then run for milliseconds. Set
+# AIS_TEST_OPTIMIZED=1, as `make smoke` does, to run them as users do.
 QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-
+if importlib.metadata.version("jaxlib").startswith("0.10."):  # later ones have no other emitters
+    QUICK += " --xla_cpu_use_fusion_emitters=false"
+if os.environ.get("AIS_TEST_OPTIMIZED"):
+    QUICK = ""
 
 QWEN3 = {
     "hidden_size": 32,
