@@ -137,7 +137,6 @@ def test_a_run_becomes_a_folder(trained, tmp_path):
     assert tokenizer.eos_ids == (1,) and tokenizer.size == TOKENIZER.size
 
 
-@pytest.mark.smoke
 @pytest.mark.parametrize("recipe", ["none", "int8"])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_generation_of_every_family(tmp_path, name, recipe):

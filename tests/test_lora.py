@@ -187,7 +187,6 @@ def trained(tmp_path_factory):
     return folder, config, summary
 
 
-@pytest.mark.smoke
 def test_a_run_trains_adapters_and_nothing_else(trained):
     folder, _, summary = trained
     count = sum(
