@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import time
 
 import jax
@@ -25,6 +26,7 @@ def load(job: dict):
     copy = jax.block_until_ready(
         prepare(model, random_params(model), recipe, jax.default_backend())
     )
+    _give_back()
     prompts = np.array(job["prompts"], np.int32)
 
     def sample(request: dict) -> Rollout:
@@ -67,6 +69,13 @@ def mismatch(policy: Policy, rollout: Rollout) -> dict:
         "entropy": float(masked.mean(entropy, rollout.mask)),
         "tokens": int(found.tokens),
     }
+
+
+def _give_back():
+    """What making the copy took and freed: the other contestants need it, and it is not a peak."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def _device_peak() -> dict:
