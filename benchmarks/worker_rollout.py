@@ -37,7 +37,9 @@ def load(job: dict):
 
     def run(request: dict) -> dict:
         if request.get("mismatch"):
-            return mismatch(policy_of(model, request["new_tokens"]), sample(request))
+            found = mismatch(policy_of(model, request["new_tokens"]), sample(request))
+            _give_back()
+            return found
         began = time.perf_counter()
         rollout = jax.block_until_ready(sample(request))
         seconds = time.perf_counter() - began
@@ -72,7 +74,7 @@ def mismatch(policy: Policy, rollout: Rollout) -> dict:
 
 
 def _give_back():
-    """What making the copy took and freed: the other contestants need it, and it is not a peak."""
+    """What was taken and freed so far: others need it, and it is no peak of what comes."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
