@@ -19,9 +19,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
-from jax.experimental import multihost_utils
 
+from ais_jax import distributed
 from ais_jax.errors import UserError
 from ais_jax.models import Params
 from ais_jax.train.state import TrainState
@@ -44,6 +45,16 @@ def manager(directory: pathlib.Path, keep: int = 2) -> ocp.CheckpointManager:
         max_to_keep=keep, create=True, cleanup_tmp_directories=True
     )
     return ocp.CheckpointManager(directory.absolute(), options=options)
+
+
+def _reader(directory: pathlib.Path) -> ocp.CheckpointManager:
+    """Reads in this process alone: Orbax waits for all, and one that finds damage never comes."""
+    me = jax.process_index()
+    alone = ocp.options.MultiprocessingOptions(
+        primary_host=me, active_processes={me}, barrier_sync_key_prefix=f"read{me}"
+    )
+    options = ocp.CheckpointManagerOptions(create=False, multiprocessing_options=alone)
+    return ocp.CheckpointManager(pathlib.Path(directory).absolute(), options=options)
 
 
 def save(checkpoints: ocp.CheckpointManager, saved: Saved) -> None:
@@ -96,7 +107,7 @@ class Keeper:
         """Says that a save has failed, and gives back the room that its beginning takes."""
         step, self._saving = self._saving, None
         directory = pathlib.Path(self._checkpoints.directory)
-        if jax.process_index() == 0:
+        if distributed.first():
             for path in directory.glob(f"{step}.orbax-checkpoint-tmp*"):
                 shutil.rmtree(path, ignore_errors=True)
         self._checkpoints.reload()
@@ -127,23 +138,17 @@ def restore(
     Raises:
       UserError: the checkpoint does not fit the configured model or optimizer, or all are damaged.
     """
-    steps = sorted(checkpoints.all_steps(), reverse=True)
-    for step in steps:
+    # A shared folder may look older from one host than from another.
+    steps = json.loads(distributed.agreed(json.dumps(sorted(checkpoints.all_steps()))))
+    for step in reversed(steps):
         path = pathlib.Path(checkpoints.directory) / str(step)
         try:
-            meta = _meta(checkpoints, step)
-            _check_shapes(meta["shapes"], _shapes(like), path)
-            target = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
-            args = ocp.args.Composite(state=ocp.args.StandardRestore(target))
-            state = checkpoints.restore(step, args=args).state
-            _check_digests(meta["digests"], _digests(state))
-            return Saved(step, state, meta["host"])
-        except Exception as error:
-            _raise_unless_damage(error)
+            return _read(checkpoints, step, like)
+        except _Damaged as error:
             target = _set_aside(path)
             checkpoints.reload()
             warn(
-                f"checkpoint {path} is damaged: {_short(error)}; it is kept as {target.name}, and "
+                f"checkpoint {path} is damaged: {error}; it is kept as {target.name}, and "
                 "the one before is taken"
             )
     if steps:
@@ -152,6 +157,46 @@ def restore(
             "or in another output_dir"
         )
     return None
+
+
+class _Damaged(Exception):
+    """A checkpoint that cannot be used; all processes say so of the same one."""
+
+
+def _read(checkpoints: ocp.CheckpointManager, step: int, like: TrainState) -> Saved:
+    """A checkpoint. Each process reads its part; what one of them cannot read, none takes.
+
+    Raises:
+      _Damaged: it cannot be read, or holds other numbers than were saved.
+      UserError: it does not fit.
+    """
+    own = distributed.together(_read_own, checkpoints, step, like)
+    damaged = distributed.gather(np.array([isinstance(own, Exception)]))
+    if isinstance(own, Exception):
+        raise _Damaged(_short(own)) from own
+    if damaged.any():
+        raise _Damaged(f"process {int(np.argmax(damaged))} cannot read its part")
+    meta, state = own
+    changed = _changed(meta["digests"], _digests(state))  # of all devices: every process sees it
+    if changed:
+        raise _Damaged(f"other numbers in {changed[0]} than were saved")
+    return Saved(step, state, meta["host"])
+
+
+def _read_own(
+    checkpoints: ocp.CheckpointManager, step: int, like: TrainState
+) -> tuple[dict, TrainState] | Exception:
+    """(metadata, state) as this process finds them, or in what way they are damaged."""
+    try:
+        with _reader(checkpoints.directory) as alone:
+            meta = _meta(alone, step)
+            _check_shapes(meta["shapes"], _shapes(like), alone.directory / str(step))
+            target = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
+            args = ocp.args.Composite(state=ocp.args.StandardRestore(target))
+            return meta, alone.restore(step, args=args).state
+    except Exception as error:
+        _raise_unless_damage(error)
+        return error
 
 
 def check(checkpoints: ocp.CheckpointManager, like: TrainState) -> None:
@@ -163,14 +208,15 @@ def check(checkpoints: ocp.CheckpointManager, like: TrainState) -> None:
     Raises:
       UserError: it does not.
     """
-    for step in sorted(checkpoints.all_steps(), reverse=True):
-        try:
-            shapes = _meta(checkpoints, step)["shapes"]
-        except Exception as error:
-            _raise_unless_damage(error)
-            continue
-        _check_shapes(shapes, _shapes(like), checkpoints.directory / str(step))
-        return
+    with _reader(checkpoints.directory) as alone:
+        for step in sorted(alone.all_steps(), reverse=True):
+            try:
+                shapes = _meta(alone, step)["shapes"]
+            except Exception as error:
+                _raise_unless_damage(error)
+                continue
+            _check_shapes(shapes, _shapes(like), alone.directory / str(step))
+            return
 
 
 def load_trained(
@@ -186,7 +232,7 @@ def load_trained(
     Raises:
       UserError: there is no checkpoint, or it does not fit.
     """
-    with ocp.CheckpointManager(directory.absolute()) as checkpoints:
+    with _reader(directory) as checkpoints:
         for step in sorted(checkpoints.all_steps(), reverse=True):
             path = checkpoints.directory / str(step)
             try:
@@ -212,7 +258,9 @@ def _read_trained(checkpoints: ocp.CheckpointManager, step: int, like: Params) -
         partial_restore=True,
     )
     params = checkpoints.restore(step, args=ocp.args.Composite(state=restore)).state["params"]
-    _check_digests(stored("digests"), {f".params{k}": v for k, v in _digests(params).items()})
+    changed = _changed(stored("digests"), {f".params{k}": v for k, v in _digests(params).items()})
+    if changed:
+        raise ValueError(f"other numbers in {changed[0]} than were saved")
     return params
 
 
@@ -238,8 +286,9 @@ def _leaves(tree) -> dict[str, Any]:
     return {jax.tree_util.keystr(path): leaf for path, leaf in leaves}
 
 
-def _shapes(tree) -> dict[str, list[int]]:
-    return {name: list(leaf.shape) for name, leaf in _leaves(tree).items()}
+def _shapes(tree) -> dict[str, str]:
+    """Dtype and shape of each leaf. Orbax would convert another dtype, and all digests with it."""
+    return {name: f"{leaf.dtype}{list(leaf.shape)}" for name, leaf in _leaves(tree).items()}
 
 
 def _check_shapes(stored: dict, expected: dict, path) -> None:
@@ -277,20 +326,26 @@ def _digest(leaves: dict[str, jax.Array]) -> dict[str, jax.Array]:
     return {name: one(x) for name, x in leaves.items()}
 
 
-def _check_digests(stored: dict[str, int], found: dict[str, int]) -> None:
-    changed = [name for name, value in found.items() if stored[name] != value]
-    if changed:
-        raise ValueError(f"other numbers in {changed[0]} than were saved")
+def _changed(stored: dict[str, int], found: dict[str, int]) -> list[str]:
+    """The names of arrays whose bits are not those that were saved."""
+    return [name for name, value in found.items() if stored[name] != value]
 
 
 def _set_aside(path: pathlib.Path) -> pathlib.Path:
     """Renames a damaged checkpoint, out of Orbax' sight; returns where it is."""
     names = (path.with_name(f"{path.name}.damaged{i}") for i in itertools.count())
     target = next(name for name in names if not name.exists())
-    if jax.process_index() == 0:
-        path.rename(target)
-    if jax.process_count() > 1:  # no other process may find it once more
-        multihost_utils.sync_global_devices(f"renamed {path}")
+
+    def rename():
+        if distributed.first():
+            path.rename(target)
+
+    try:
+        distributed.together(rename)  # none may find it once more
+    except OSError as error:
+        raise UserError(
+            f"checkpoint {path} is damaged and cannot be renamed: {error.strerror or error}"
+        ) from error
     return target
 
 

@@ -153,6 +153,17 @@ def test_a_damaged_checkpoint_is_kept_aside_and_its_step_saved_again(folder):
     assert_same(restored(folder, said), 2)
 
 
+def test_other_dtypes_are_no_damage(folder):
+    """Orbax would convert them, and then no digest would fit."""
+    like = state_of(0)
+    like = like._replace(params=like.params | {"half": like.params["half"].astype(jnp.float32)})
+    with checkpoint.manager(folder) as manager:
+        for look in (checkpoint.check, lambda m, x: checkpoint.restore(m, x, pytest.fail)):
+            with pytest.raises(UserError, match=r"bfloat16\[8, 6\] there and float32\[8, 6\] here"):
+                look(manager, like)
+    assert restored(folder, []).step == 2
+
+
 def test_damage_to_all_is_an_error(folder):
     for step in "12":
         shutil.rmtree(folder / step / "state")
