@@ -75,6 +75,9 @@ def start(
 def _join(told: tuple[str | None, int | None, int | None], launched: bool) -> None:
     """Lets jax join the others, where there are any."""
     method = None if launched else "deactivate"
+    # SIGTERM is the run's own business; jax's service hears one that came before the first of a
+    # resumed run's steps, and lets it wait for a step that never comes.
+    jax.config.update("jax_enable_preemption_service", False)
     try:
         jax.distributed.initialize(*told, cluster_detection_method=method)
     except ValueError as error:

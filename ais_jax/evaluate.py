@@ -29,12 +29,13 @@ def build_evaluator(
     batch_size: int,
     max_new_tokens: int,
     seed: int = 0,
+    between: Callable[[], object] = lambda: None,
 ) -> Evaluator:
     """A function (params, examples) -> {"accuracy", "sampled_accuracy", ...}.
 
     `accuracy` is the share of examples solved by greedy decoding, `sampled_accuracy` by one sample
     at the policy's own temperature; further ones are the task's `MEASURES`. Prompts may be longer
-    than those of training.
+    than those of training. `between` is called now and then; what it raises ends the evaluation.
     """
     sampling = policy.sampling.resized(max_new_tokens)
     if sampling.diffusion is None:
@@ -57,7 +58,8 @@ def build_evaluator(
             part = examples[start : start + size]
             padded = part + [part[-1]] * (size - len(part))
             keys = jax.random.split(jax.random.fold_in(key, start), size)
-            rollout = at.rollout(params, *fitting.prompts(padded), keys, mesh)
+            between()
+            rollout = at.rollout(params, *fitting.prompts(padded), keys, mesh, between)
             texts += prompter.completions(rollout)[: len(part)]
         return texts
 

@@ -20,6 +20,7 @@ from common import show
 
 from ais_jax import config as config_lib
 from ais_jax.train import data, loop, setup
+from ais_jax.train.phases import Phases
 
 
 def prepare(path: str):
@@ -34,7 +35,7 @@ def prepare(path: str):
         began = time.perf_counter()
         copy, _ = jax.block_until_ready(run.programs.refit(state.params, None))
         sampled = loop.sample_groups(
-            run, copy, jax.random.key(i), iterator, run.prompter.task.reward
+            run, copy, jax.random.key(i), iterator, run.prompter.task.reward, Phases()
         )
         seconds.append(time.perf_counter() - began)
     # Rewards of an untrained policy are all 0; advantages must differ to cost what they cost.

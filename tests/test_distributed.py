@@ -61,15 +61,38 @@ assert distributed.together(lambda: me) == me
 
 
 JOB = """
+import os
+import signal
 import sys
 
 import ais_jax
 from ais_jax import config, distributed
+from ais_jax.train import run
 
 name, steps, *told = sys.argv[1:]
 distributed.start(*told[:1], *map(int, told[1:]))
 job = config.load("job.yaml", [f"output_dir={name}", f"train.steps={steps}"])
-ais_jax.train(job, lambda completions, examples: [len(set(text)) for text in completions])
+calls, initial_params = [], run.initial_params
+
+
+def preempted_at(moment):
+    if os.environ.get("PREEMPTED_AT") == moment:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def starts(*args):
+    preempted_at("start")
+    return initial_params(*args)
+
+
+def reward(completions, examples):
+    calls.append(len(completions))
+    preempted_at(f"reward {len(calls)}")
+    return [len(set(text)) for text in completions]
+
+
+run.initial_params = starts
+ais_jax.train(job, reward)
 """
 
 
@@ -203,6 +226,38 @@ def test_processes_and_devices_do_not_change_what_is_learned(config, tmp_path):
     last = [read_metrics(tmp_path / name / "metrics.jsonl")[2] for name in ("one", "two")]
     assert last[0]["reward"] == last[1]["reward"]  # the same problems came next
     assert last[0]["loss"] == pytest.approx(last[1]["loss"], rel=1e-5)
+
+
+def two(name, steps, folder, *environments):
+    address = f"127.0.0.1:{port()}"
+    cached = {"XDG_CACHE_HOME": str(folder / "cache")}
+    commands = [["job.py", name, steps, address, 2, i] for i in range(2)]
+    return launch(commands, folder, [cached | x for x in environments or ({}, {})])
+
+
+def test_what_befalls_one_process_is_no_end_for_both(config, tmp_path):
+    """SIGTERM to one of two, in a step and before the first of a resumed run; then its part of the
+    newest checkpoint is damaged."""
+    config = settings.replace(
+        config, {"mesh.fsdp": 2, "mesh.data": 1, "train.checkpoint_every": 1, "warmup.steps": 0}
+    )
+    settings.save_yaml(config, tmp_path / "job.yaml")
+    (tmp_path / "job.py").write_text(JOB)
+    told = two("run", 5, tmp_path, {}, {"PREEMPTED_AT": "reward 3"})
+    assert [code for code, _, _ in told] == [143, 143], told[0][2] + told[1][2]
+    assert "told to leave: 2 steps are done" in told[0][1]
+    again = two("run", 5, tmp_path, {}, {"PREEMPTED_AT": "start"})
+    assert [code for code, _, _ in again] == [143, 143], again[0][2] + again[1][2]
+    parts = (tmp_path / "run" / "checkpoints" / "2" / "state" / "ocdbt.process_1" / "d").iterdir()
+    largest = max(parts, key=lambda path: path.stat().st_size)
+    data = bytearray(largest.read_bytes())
+    data[len(data) // 2 :] = bytes(len(data) - len(data) // 2)
+    largest.write_bytes(data)
+    last = two("run", 3, tmp_path)
+    assert [code for code, _, _ in last] == [0, 0], last[0][2] + last[1][2]
+    assert "going on after step 1 " in last[0][1]
+    assert (tmp_path / "run" / "checkpoints" / "2.damaged0").is_dir()
+    assert [row["step"] for row in read_metrics(tmp_path / "run" / "metrics.jsonl")] == [1, 2, 3]
 
 
 @pytest.mark.parametrize("task", [{}, slurm(0, 1)], ids=["plain", "only task"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 
 import jax
 import numpy as np
@@ -135,6 +136,7 @@ class Policy:
         prompt_mask: np.ndarray,
         keys: jax.Array,
         mesh: Mesh | None = None,
+        between: Callable[[], object] = lambda: None,
     ) -> Rollout:
         """Samples completions, as many as there are keys; compiled parts run inside.
 
@@ -145,7 +147,7 @@ class Policy:
         """
         if self.sampling.diffusion is None:
             return autoregressive.rollout(
-                self.model, params, prompts, prompt_mask, keys, self.sampling, mesh
+                self.model, params, prompts, prompt_mask, keys, self.sampling, mesh, between
             )
         repeats = len(keys) // len(prompts)
         rows = (np.repeat(x, repeats, axis=0) for x in (prompts, prompt_mask))

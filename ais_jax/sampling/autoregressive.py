@@ -11,6 +11,7 @@ length, V vocabulary.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -41,6 +42,7 @@ def rollout(
     keys: jax.Array,
     config: SamplingConfig,
     mesh: Mesh | None = None,
+    between: Callable[[], object] = lambda: None,
 ) -> Rollout:
     """Samples completions: prefill, then decoding in segments.
 
@@ -60,6 +62,7 @@ def rollout(
       keys: [N] PRNG keys; N / M completions of each prompt, in consecutive rows.
       config: lengths, temperature, ids, engine.
       mesh: spreads rows over its batch axes, and heads over `tensor`.
+      between: called after every segment; what it raises ends the sampling.
 
     Returns:
       `Rollout` of N rows on the host; `logps` are float32 log-probs under `params` of the
@@ -86,6 +89,7 @@ def rollout(
             least = _fewer(job, state, requests)
         state = program(decode, setting.platform)(params, state, np.int32(least), setting=setting)
         done = np.asarray(state.done)
+        between()
         requests = _collect(job, state, requests, done, found)
         if waiting == job.total and done.all():
             break

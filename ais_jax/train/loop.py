@@ -106,7 +106,7 @@ def train_grpo(
                 if _every(config.train.checkpoint_every, step) or step == config.train.steps:
                     with phases.phase("checkpoint"):
                         keeper.save(last)
-                phases.leave_if_told(step)
+                phases.leave_if_told()
         except Preempted:
             if last.step > start.step:
                 keeper.save(last)
@@ -165,12 +165,14 @@ def train_step(
     key = jax.random.fold_in(jax.random.key(run.config.train.seed), step)
     with phases.interruptible():
         with phases.phase(f"step {step}: rollout"):
-            sampled = sample_groups(run, copy, key, iterator, reward_fn)
+            sampled = sample_groups(run, copy, key, iterator, reward_fn, phases)
+        phases.leave_if_told()
         clock["rollout_seconds"] = sampled.seconds
         with phases.phase(f"step {step}: score"):
             batch, entropy = _timed(
                 clock, "score_seconds", build_batch, run, state, copy, sampled, reference, key
             )
+        phases.leave_if_told()
     calibration, measured = run.programs.measure(state.calibration, batch)
     state = state._replace(calibration=calibration)
     with phases.phase(f"step {step}: update"):
@@ -215,7 +217,7 @@ def _throughput(run: Run, sampled: Sampled, clock: dict[str, float], reference):
     )
 
 
-def sample_groups(run: Run, copy, key, iterator, reward_fn) -> Sampled:
+def sample_groups(run: Run, copy, key, iterator, reward_fn, phases: Phases) -> Sampled:
     """Rollouts of `grpo.prompts` groups with their rewards.
 
     With dynamic sampling, groups without reward variance are replaced by groups of further
@@ -225,7 +227,8 @@ def sample_groups(run: Run, copy, key, iterator, reward_fn) -> Sampled:
     rounds: list[Sampled] = []
     kept = 0
     for i in range(c.dynamic_sampling_rounds if c.dynamic_sampling else 1):
-        rounds.append(_sample_round(run, copy, jax.random.fold_in(key, i), iterator, reward_fn))
+        of_round = jax.random.fold_in(key, i)
+        rounds.append(_sample_round(run, copy, of_round, iterator, reward_fn, phases))
         kept += int(grpo.informative_groups(rounds[-1].rewards, c.group_size).sum())
         if kept >= c.prompts:
             break
@@ -234,13 +237,13 @@ def sample_groups(run: Run, copy, key, iterator, reward_fn) -> Sampled:
     return select_groups(rounds, c.group_size, c.prompts)
 
 
-def _sample_round(run: Run, copy, key, iterator, reward_fn) -> Sampled:
+def _sample_round(run: Run, copy, key, iterator, reward_fn, phases: Phases) -> Sampled:
     c = run.config.grpo
     posed = next(iterator)  # of several processes each poses its own
     prompts = distributed.gather(run.prompter.prompts(posed))
     keys = jax.random.split(key, len(prompts[0]) * c.group_size)
     began = time.perf_counter()
-    rollout = run.programs.rollout(copy, *prompts, keys)
+    rollout = run.programs.rollout(copy, *prompts, keys, between=phases.leave_if_told)
     seconds = time.perf_counter() - began
     own = distributed.share(len(keys))
     examples = [example for example in posed for _ in range(c.group_size)]

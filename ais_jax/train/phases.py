@@ -12,7 +12,9 @@ import traceback
 from collections.abc import Callable, Iterator
 
 import jax
-import orbax.checkpoint as ocp
+import numpy as np
+
+from ais_jax import distributed
 
 _PACKAGE = str(pathlib.Path(__file__).parents[1])
 _LONGEST_WAIT = 5.0  # seconds between two looks of the watchdog
@@ -30,7 +32,8 @@ class Phases:
 
     A phase that lasts too long is named by a watchdog. SIGTERM ends what is `interruptible` at
     once, by `Preempted`; in all else, where the train state is between two steps, it is kept in
-    mind until `leave_if_told` is asked.
+    mind until `leave_if_told` is asked. Of several processes none may leave alone: there it is
+    always kept in mind, and all ask together.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic):
@@ -87,13 +90,8 @@ class Phases:
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
-        """Takes SIGTERM. In the main thread alone, since no other one may.
-
-        Of several processes all must leave at the same step. There jax's own preemption service
-        listens, and `leave_if_told` asks it.
-        """
-        main = threading.current_thread() is threading.main_thread()
-        if not main or jax.process_count() > 1:
+        """Takes SIGTERM. In the main thread alone, since no other one may."""
+        if threading.current_thread() is not threading.main_thread():
             yield
             return
         before = signal.signal(signal.SIGTERM, self._on_signal)
@@ -104,7 +102,7 @@ class Phases:
 
     def _on_signal(self, *_) -> None:
         self._told = True
-        if self._open:
+        if self._open and jax.process_count() == 1:
             self._open = False
             raise Preempted
 
@@ -112,24 +110,25 @@ class Phases:
     def interruptible(self) -> Iterator[None]:
         """What can be dropped at any moment: it changes nothing that is kept.
 
+        To be entered by all processes.
+
         Raises:
           Preempted: SIGTERM came, before or meanwhile.
         """
         self._open = True
         try:
-            if self._told:
-                raise Preempted
+            self.leave_if_told()
             yield
         finally:
             self._open = False
 
-    def leave_if_told(self, step: int) -> None:
-        """To be called after every step, by all processes.
+    def leave_if_told(self) -> None:
+        """To be called where all that is kept is whole, by all processes.
 
         Raises:
-          Preempted: SIGTERM came; of several processes, all raise at the same step.
+          Preempted: SIGTERM came to one of them.
         """
-        if self._told or ocp.utils.reached_preemption(step):
+        if distributed.gather(np.array([self._told])).any():
             raise Preempted
 
 

@@ -28,7 +28,7 @@ class Programs:
     hold(params) -> the frozen part under adapters, quantized if so configured; `params` is donated
     init_state(trainable) -> state
     refit(params, previous or None) -> (sampling copy, share of changed codes)
-    rollout(copy, prompts, prompt_mask, keys) -> Rollout on the host; not to be jitted
+    rollout(copy, prompts, prompt_mask, keys, between) -> Rollout on the host; not to be jitted
     plan(rollout, keys) -> Rollout, `rollout.diffusion.draws` times the rows
     score(params, rollout) -> (logps, entropy)
     measure(calibration, batch) -> (calibration, Measurement)

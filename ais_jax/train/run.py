@@ -111,7 +111,7 @@ def _stages(
     with phases.interruptible():
         params, frozen = initial_params(run)
         run = dataclasses.replace(run, frozen=frozen)
-        params, cached = warm_up(run, params, examples.train, cache)
+        params, cached = warm_up(run, params, examples.train, cache, phases.leave_if_told)
     warmed = time.perf_counter()
     evaluator = build_evaluator(
         run.policy,
@@ -120,6 +120,7 @@ def _stages(
         config.train.eval_batch_size,
         config.train.eval_max_new_tokens or config.rollout.max_new_tokens,
         config.train.seed,
+        phases.leave_if_told,
     )
     reference = params if config.grpo.kl_coef else None
     state = run.programs.init_state(params)

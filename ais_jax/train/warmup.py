@@ -8,6 +8,7 @@ import json
 import os
 import pathlib
 import time
+from collections.abc import Callable
 
 import jax
 import numpy as np
@@ -38,7 +39,11 @@ def supervised_loss(
 
 
 def warm_up(
-    run: Run, params: Params, examples: list[dict], cache_dir: str | os.PathLike
+    run: Run,
+    params: Params,
+    examples: list[dict],
+    cache_dir: str | os.PathLike,
+    between: Callable[[], object] = lambda: None,
 ) -> tuple[Params, bool]:
     """What is trained, after the warm-up, and whether it came from the cache.
 
@@ -47,6 +52,7 @@ def warm_up(
       params: what is trained, at its start; given away.
       examples: problems to imitate solutions of.
       cache_dir: where warm-ups are kept.
+      between: called before every step; what it raises ends the warm-up.
     """
     config = run.config.warmup
     if config.steps == 0:
@@ -54,13 +60,13 @@ def warm_up(
     path = pathlib.Path(cache_dir) / f"warmup-{fingerprint(run.config, run.prompter, examples)}"
     if config.cache and checkpoint.exists(path):
         return checkpoint.load_params(path, params), True
-    params = _train(run, params, examples)
+    params = _train(run, params, examples, between)
     if config.cache:
         checkpoint.save_params(path, params)
     return params, False
 
 
-def _train(run: Run, params: Params, examples: list[dict]) -> Params:
+def _train(run: Run, params: Params, examples: list[dict], between: Callable[[], object]) -> Params:
     config, policy, programs = run.config, run.policy, run.programs
     plain = dataclasses.replace(policy, sampling=_supervised(policy.sampling))
     optimizer = warmup_optimizer(config.warmup)
@@ -79,6 +85,7 @@ def _train(run: Run, params: Params, examples: list[dict]) -> Params:
     rng, key = np.random.default_rng(config.train.seed), jax.random.key(config.train.seed)
     with Progress(config.warmup.steps, "warm-up", columns=WARMUP_COLUMNS) as progress:
         for i in range(config.warmup.steps):
+            between()
             began = time.perf_counter()
             part = next(iterator)
             careless = (rng.random(len(part)) < config.warmup.careless_fraction).tolist()

@@ -51,7 +51,7 @@ def test_sigterm_ends_what_is_interruptible_at_once():
     phases, before = Phases(), signal.getsignal(signal.SIGTERM)
     done = []
     with phases.listening(), pytest.raises(Preempted) as caught:
-        phases.leave_if_told(1)
+        phases.leave_if_told()
         with phases.interruptible():
             done.append("before")
             signal.raise_signal(signal.SIGTERM)
@@ -70,7 +70,7 @@ def test_sigterm_waits_for_what_is_not():
         signal.raise_signal(signal.SIGTERM)
         done.append("update")
         with pytest.raises(Preempted):
-            phases.leave_if_told(1)
+            phases.leave_if_told()
         with pytest.raises(Preempted), phases.interruptible():
             done.append("rollout")
     assert done == ["update"]
