@@ -19,22 +19,18 @@ import importlib
 import json
 import operator
 import os
-import signal
 import sys
-import threading
-import time
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
+from ais_jax import child
+
 
 def main() -> None:
     """Answers until standard input ends."""
-    # Ctrl-C and preemption reach the whole group of processes; the trainer decides what follows.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    threading.Thread(target=_die_with, args=(int(sys.argv[1]),), daemon=True).start()
+    child.live_with(int(sys.argv[1]))
     answers = os.fdopen(os.dup(1), "w", encoding="ascii")
     os.dup2(2, 1)  # what a reward function prints is no answer
     for line in sys.stdin:
@@ -70,13 +66,6 @@ def resolve(name: str) -> Callable:
 
 def _line(error: Exception) -> str:
     return " ".join(f"{type(error).__name__}: {error}".split())
-
-
-def _die_with(parent: int) -> None:
-    """A function that hangs must not outlive a trainer that was killed."""
-    while os.getppid() == parent:
-        time.sleep(1)
-    os._exit(1)
 
 
 if __name__ == "__main__":

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Sequence
 
 import grain.python as grain
+
+from ais_jax import child
 
 
 class Batches:
@@ -103,4 +106,9 @@ def _read_ahead(dataset: grain.MapDataset, start: int, workers: int) -> grain.Da
         flags.FLAGS.mark_as_parsed()
     read = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
     rest = dataset.slice(slice(start, None)).to_iter_dataset(read)
-    return iter(rest.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers)))
+    options = grain.MultiprocessingOptions(num_workers=workers)
+    return iter(rest.mp_prefetch(options, functools.partial(_begin_worker, os.getpid())))
+
+
+def _begin_worker(parent: int, index: int, count: int) -> None:
+    child.live_with(parent)

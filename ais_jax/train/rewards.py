@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from ais_jax import distributed
 from ais_jax.errors import UserError
 from ais_jax.train.phases import Phases
 
@@ -68,7 +69,7 @@ class Rewarder:
 
     def __enter__(self) -> Rewarder:
         if self._worker is not None:
-            self._worker.check()
+            distributed.together(self._worker.check)
         return self
 
     def __exit__(self, *exc_info) -> None:
@@ -186,7 +187,7 @@ class _Worker:
 
         def kill():
             late.set()
-            process.kill()
+            _kill(process)
 
         timer = threading.Timer(timeout, kill)
         timer.daemon = True
@@ -224,6 +225,7 @@ class _Worker:
                 stdout=subprocess.PIPE,
                 env={**os.environ, **changes},
                 encoding="ascii",
+                start_new_session=True,
             )
         return self._process
 
@@ -231,11 +233,17 @@ class _Worker:
         """Ends the process, whatever it does."""
         process, self._process = self._process, None
         if process is not None:
-            process.kill()
+            _kill(process)
             process.wait()
             for pipe in (process.stdin, process.stdout):
                 with contextlib.suppress(BrokenPipeError):
                     pipe.close()  # type: ignore[union-attr]
+
+
+def _kill(process: subprocess.Popen) -> None:
+    """Ends a worker and what it has started, which would keep its standard output open."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
 
 
 @contextlib.contextmanager

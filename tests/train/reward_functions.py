@@ -1,6 +1,8 @@
 """Reward functions that a worker process can be told by name. Some of them are bad."""
 
+import multiprocessing
 import os
+import pathlib
 import sys
 import time
 
@@ -35,6 +37,11 @@ def bad(completions, examples):
         if text == "hang":
             while True:
                 pass
+        if text == "fork":  # the child has all that is open here
+            process = multiprocessing.get_context("fork").Process(target=time.sleep, args=(300,))
+            process.start()
+            pathlib.Path("pid").write_text(str(process.pid))
+            process.join()
         if text == "exit":
             sys.exit(3)
     return [2.0] * len(completions)

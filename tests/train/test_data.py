@@ -2,8 +2,14 @@
 
 import itertools
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 
 import pytest
+from processes import alive, gone
 
 from ais_jax.train import data
 
@@ -59,3 +65,29 @@ def test_workers_read_the_same_from_any_position():
 def test_a_batch_that_cannot_be_shared_is_refused():
     with pytest.raises(ValueError, match="batch_size=5 is not divisible by 2 parts"):
         data.batches(EXAMPLES, 5, seed=0, parts=2)
+
+
+def test_workers_end_with_a_run_that_is_killed(tmp_path):
+    script = tmp_path / "run.py"  # workers import what is run, so it has to be a file
+    script.write_text("""
+import multiprocessing, time
+from ais_jax.train import data
+
+if __name__ == "__main__":
+    batches = data.batches([{}] * 8, 2, seed=0, workers=2)
+    next(batches), next(batches)
+    print(*(child.pid for child in multiprocessing.active_children()), flush=True)
+    time.sleep(300)
+""")
+    with subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE) as process:
+        try:
+            workers = [int(pid) for pid in process.stdout.readline().split()]
+            assert len(workers) == 2
+            for pid in workers:
+                os.kill(pid, signal.SIGTERM)  # as preemption does; only the run itself listens
+            time.sleep(0.2)
+            assert all(map(alive, workers))
+        finally:
+            process.kill()
+    for pid in workers:
+        gone(pid)

@@ -9,6 +9,7 @@ import time
 import numpy as np
 import pytest
 import reward_functions
+from processes import alive, gone
 
 from ais_jax.errors import UserError
 from ais_jax.tasks import countdown
@@ -93,6 +94,16 @@ def test_what_hangs_costs_its_row(rewarder, function):
     np.testing.assert_array_equal(made(["a", "b"], [{}] * 2), [2, 2])
 
 
+def test_what_hangs_in_a_process_of_its_own_costs_its_row(rewarder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    made = rewarder("reward_functions:bad", timeout=0.5)
+    began = time.monotonic()
+    np.testing.assert_array_equal(made(["a", "fork", "b", "c"], [{}] * 4), [2, 2, 2, 2])
+    assert time.monotonic() - began < 60
+    assert made.take_failed() == 1
+    gone(int((tmp_path / "pid").read_text()))
+
+
 def test_what_dies_costs_its_row(rewarder):
     made = rewarder("reward_functions:bad")
     np.testing.assert_array_equal(made(["a", "die", "exit", "b"], [{}] * 4), [2, 2, 2, 2])
@@ -173,17 +184,4 @@ os._exit(0)
         worker = int(process.stdout.readline())
         assert alive(worker)
         process.stdin.write(b"x")
-    for _ in range(300):
-        if not alive(worker):
-            return
-        time.sleep(0.1)
-    os.kill(worker, 9)
-    pytest.fail("the worker lives on")
-
-
-def alive(pid: int) -> bool:
-    try:
-        status = pathlib.Path(f"/proc/{pid}/stat").read_text()
-    except FileNotFoundError:
-        return False
-    return status.rsplit(")", 1)[1].split()[0] != "Z"
+    gone(worker)
