@@ -260,6 +260,17 @@ def test_what_befalls_one_process_is_no_end_for_both(config, tmp_path):
     assert [row["step"] for row in read_metrics(tmp_path / "run" / "metrics.jsonl")] == [1, 2, 3]
 
 
+def test_processes_that_were_told_different_things_do_not_begin(config, tmp_path):
+    settings.save_yaml(config, tmp_path / "job.yaml")
+    (tmp_path / "job.py").write_text(JOB)
+    address = f"127.0.0.1:{port()}"
+    runs = launch([["job.py", "run", 2 + i, address, 2, i] for i in range(2)], tmp_path)
+    for code, _, err in runs:
+        assert code == 1
+        assert "the settings of process 1 are not those of process 0; start all alike" in err
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize("task", [{}, slurm(0, 1)], ids=["plain", "only task"])
 def test_a_single_process_is_left_alone(tmp_path, task):
     code = (

@@ -8,24 +8,32 @@ later is found by digests.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import logging
 import pathlib
 import shutil
+import uuid
 import zlib
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from concurrent import futures
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+import tensorstore as ts
 
 from ais_jax import distributed
 from ais_jax.errors import UserError
 from ais_jax.models import Params
 from ais_jax.train.state import TrainState
+
+T = TypeVar("T")
+
+_READERS = 16  # arrays that are read at the same time
 
 
 class Saved(NamedTuple):
@@ -191,9 +199,7 @@ def _read_own(
         with _reader(checkpoints.directory) as alone:
             meta = _meta(alone, step)
             _check_shapes(meta["shapes"], _shapes(like), alone.directory / str(step))
-            target = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
-            args = ocp.args.Composite(state=ocp.args.StandardRestore(target))
-            return meta, alone.restore(step, args=args).state
+            return meta, _arrays(alone.directory / str(step) / "state", like)
     except Exception as error:
         _raise_unless_damage(error)
         return error
@@ -245,23 +251,40 @@ def load_trained(
 
 def _read_trained(checkpoints: ocp.CheckpointManager, step: int, like: Params) -> Params:
     meta = _meta(checkpoints, step)
-    item = {"params": like}
 
     def stored(kind: str) -> dict:
         return {k: v for k, v in meta[kind].items() if k.startswith(".params")}
 
     expected = {f".params{k}": v for k, v in _shapes(like).items()}
     _check_shapes(stored("shapes"), expected, checkpoints.directory / str(step))
-    restore = ocp.args.PyTreeRestore(
-        item=item,
-        restore_args=ocp.checkpoint_utils.construct_restore_args(item),
-        partial_restore=True,
-    )
-    params = checkpoints.restore(step, args=ocp.args.Composite(state=restore)).state["params"]
+    params = _arrays(checkpoints.directory / str(step) / "state", {"params": like})["params"]
     changed = _changed(stored("digests"), {f".params{k}": v for k, v in _digests(params).items()})
     if changed:
         raise ValueError(f"other numbers in {changed[0]} than were saved")
     return params
+
+
+def _arrays(path: pathlib.Path, like: T) -> T:
+    """What Orbax has written into `path`, in the shapes and shardings of `like`.
+
+    Not by Orbax: where one read fails, it leaves the others behind in an event loop that it has
+    closed, and the process may hang when they are collected as garbage.
+    """
+
+    def read(name: str, leaf) -> jax.Array:
+        base = {"driver": "file", "path": f"{path}/"}
+        kvstore = {"driver": "ocdbt", "base": base, "path": f"{name}/"}
+        store = ts.open({"driver": "auto", "kvstore": kvstore}).result()
+        if (store.shape, store.dtype.numpy_dtype) != (leaf.shape, leaf.dtype):
+            raise ValueError(f"{name} is {store.dtype.name}{list(store.shape)}")
+        return jax.make_array_from_callback(
+            leaf.shape, leaf.sharding, lambda index: store[index].read().result()
+        )
+
+    leaves, tree = jax.tree_util.tree_flatten_with_path(like)
+    names = [jax.tree_util.keystr(keys, simple=True, separator=".") for keys, _ in leaves]
+    with futures.ThreadPoolExecutor(_READERS) as pool:  # its end waits for all of them
+        return jax.tree.unflatten(tree, pool.map(read, names, (leaf for _, leaf in leaves)))
 
 
 def _meta(checkpoints: ocp.CheckpointManager, step: int) -> dict:
@@ -355,20 +378,46 @@ def _short(error: Exception) -> str:
     return f"{type(error).__name__}: {text[:200]}"
 
 
-def exists(path: pathlib.Path) -> bool:
-    """Whether `save_params` has finished at `path`."""
-    return path.is_dir()
+def save_params(path: pathlib.Path, params: Params, warn: Callable[[str], None]) -> None:
+    """Saves parameters alone, in place of what is at `path`. A failure is told, nothing more."""
+    path = path.absolute()
+    # Runs that save the same at the same time must not meet in one folder.
+    own = path.with_name(f"{path.name}.{distributed.agreed(uuid.uuid4().hex)}")
+    try:
+        distributed.together(functools.partial(path.parent.mkdir, parents=True, exist_ok=True))
+        with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
+            checkpointer.save(own, args=ocp.args.StandardSave(params))
+        if distributed.first():
+            shutil.rmtree(path, ignore_errors=True)
+            own.rename(path)
+    except Exception as error:
+        warn(f"the warm-up is not kept in {path}: {_short(error)}")
+        shutil.rmtree(own, ignore_errors=True)
 
 
-def save_params(path: pathlib.Path, params: Params) -> None:
-    """Saves parameters alone; Orbax renames the finished folder into place."""
-    with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(path.absolute(), params, force=True)
+def load_params(path: pathlib.Path, like: Params, warn: Callable[[str], None]) -> Params | None:
+    """Parameters saved by `save_params`; None where there are none, or damaged ones.
+
+    Args:
+      path: where.
+      like: of their shapes and shardings.
+      warn: is told of damage.
+    """
+    if distributed.agreed(str(path.is_dir())) == "False":
+        return None
+    own = distributed.together(_load_own, path.absolute(), like)
+    damaged = distributed.gather(np.array([isinstance(own, Exception)])).any()
+    if not isinstance(own, Exception) and not damaged:
+        return own
+    told = _short(own) if isinstance(own, Exception) else "another process cannot read its part"
+    warn(f"the warm-up in {path} is damaged: {told}; it is done again")
+    return None
 
 
-def load_params(path: pathlib.Path, like: Params) -> Params:
-    """Parameters saved by `save_params`, in the shapes and shardings of `like`."""
-    with ocp.StandardCheckpointer() as checkpointer:
-        return checkpointer.restore(
-            path.absolute(), jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
-        )
+def _load_own(path: pathlib.Path, like: Params) -> Params | Exception:
+    """The parameters as this process finds them, or in what way they are damaged."""
+    try:
+        return _arrays(path, like)
+    except Exception as error:
+        _raise_unless_damage(error)
+        return error

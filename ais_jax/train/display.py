@@ -231,6 +231,11 @@ class Progress:
         return Group(grid, line)
 
 
+def warn(text: str) -> None:
+    """Prints a warning, where no bar is shown."""
+    console().print(f"warning: {text}")
+
+
 def final_table(
     before: Mapping[str, float],
     after: Mapping[str, float],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import pathlib
 import time
 from collections.abc import Callable
 from typing import Any
@@ -47,6 +48,7 @@ class Sampled:
     informative: float  # share of groups whose rewards differ
     count: int  # tokens
     seconds: float  # time spent in the sampler
+    reward_seconds: float  # time until all processes have their rewards
 
 
 def train_grpo(
@@ -84,6 +86,7 @@ def train_grpo(
         keeper = checkpoint.Keeper(checkpoints, warn)
         copy, _ = run.programs.refit(run.join(start.state.params), None)
         watch = guards.Watch.of_json(start.host.get("watch", guards.Watch().to_json()))
+        saving = 0.0  # seconds that the checkpoint of the step before has held this one up
         try:
             for step in range(start.step + 1, config.train.steps + 1):
                 state, copy, metrics, sampled = train_step(
@@ -91,6 +94,7 @@ def train_grpo(
                 )
                 failed = distributed.gather(np.array([rewarder.take_failed()]))
                 metrics["reward_failures"] = int(failed.sum())
+                metrics["checkpoint_seconds"] = saving
                 if _every(config.train.eval_every, step):
                     metrics |= _evaluated(evaluate, state, phases)
                 writer.write(step, metrics)
@@ -100,20 +104,24 @@ def train_grpo(
                 watch = _guarded(run, watch, step, metrics, warn)
                 known = _host(config, iterator, writer, watch)
                 last = checkpoint.Saved(step, state, {**start.host, **known})
+                began = time.perf_counter()
                 keeper.look()
                 if int(state.skipped) >= config.train.max_skipped_updates:
                     raise UserError(_stuck(run, last, sampled, keeper))
                 if _every(config.train.checkpoint_every, step) or step == config.train.steps:
                     with phases.phase("checkpoint"):
                         keeper.save(last)
+                saving = time.perf_counter() - began
                 phases.leave_if_told()
         except Preempted:
             if last.step > start.step:
-                keeper.save(last)
+                with phases.phase("checkpoint"):
+                    keeper.save(last)
             progress.message(f"told to leave: {last.step} steps are done, the next run goes on")
             raise
         finally:
-            keeper.finish()
+            with phases.phase("checkpoint"):
+                keeper.finish()
     return last.state
 
 
@@ -131,7 +139,9 @@ def _evaluated(evaluate, state: TrainState, phases: Phases) -> dict[str, float]:
     """Metrics of an evaluation; none where SIGTERM cuts it short, which ends the run soon after."""
     try:
         with phases.interruptible(), phases.phase("evaluation"):
-            return {f"eval_{name}": value for name, value in evaluate(state).items()}
+            clock: dict[str, float] = {}
+            found = _timed(clock, "eval_seconds", evaluate, state)
+            return {f"eval_{name}": value for name, value in found.items()} | clock
     except Preempted:
         return {}
 
@@ -168,6 +178,7 @@ def train_step(
             sampled = sample_groups(run, copy, key, iterator, reward_fn, phases)
         phases.leave_if_told()
         clock["rollout_seconds"] = sampled.seconds
+        clock["reward_seconds"] = sampled.reward_seconds
         with phases.phase(f"step {step}: score"):
             batch, entropy = _timed(
                 clock, "score_seconds", build_batch, run, state, copy, sampled, reference, key
@@ -239,8 +250,8 @@ def sample_groups(run: Run, copy, key, iterator, reward_fn, phases: Phases) -> S
 
 def _sample_round(run: Run, copy, key, iterator, reward_fn, phases: Phases) -> Sampled:
     c = run.config.grpo
-    posed = next(iterator)  # of several processes each poses its own
-    prompts = distributed.gather(run.prompter.prompts(posed))
+    posed, own_prompts = distributed.together(_pose, run, iterator)
+    prompts = distributed.gather(own_prompts)
     keys = jax.random.split(key, len(prompts[0]) * c.group_size)
     began = time.perf_counter()
     rollout = run.programs.rollout(copy, *prompts, keys, between=phases.leave_if_told)
@@ -249,7 +260,9 @@ def _sample_round(run: Run, copy, key, iterator, reward_fn, phases: Phases) -> S
     examples = [example for example in posed for _ in range(c.group_size)]
     completions = run.prompter.completions(jax.tree.map(lambda x: x[own], rollout))
     judge = functools.partial(_judge, run, reward_fn, completions, examples)
+    began = time.perf_counter()
     rewards, scores = distributed.gather(distributed.together(judge))
+    reward_seconds = time.perf_counter() - began
     return Sampled(
         rollout,
         _among(examples, own, len(keys)),
@@ -260,7 +273,14 @@ def _sample_round(run: Run, copy, key, iterator, reward_fn, phases: Phases) -> S
         informative=float(grpo.informative_groups(rewards, c.group_size).mean()),
         count=int(np.asarray(rollout.mask).sum()),
         seconds=seconds,
+        reward_seconds=reward_seconds,
     )
+
+
+def _pose(run: Run, iterator) -> tuple[list[dict], tuple[np.ndarray, np.ndarray]]:
+    """The next problems that this process poses, and their prompts."""
+    posed = next(iterator)
+    return posed, run.prompter.prompts(posed)
 
 
 def _judge(run: Run, reward_fn, completions, examples) -> tuple[np.ndarray, np.ndarray]:
@@ -296,6 +316,7 @@ def select_groups(rounds: list[Sampled], group_size: int, groups: int) -> Sample
         informative=float(useful.mean()),
         count=sum(r.count for r in rounds),
         seconds=sum(r.seconds for r in rounds),
+        reward_seconds=sum(r.reward_seconds for r in rounds),
     )
 
 
@@ -375,6 +396,18 @@ def _stuck(run: Run, last: checkpoint.Saved, sampled: Sampled, keeper: checkpoin
     """Saves the state and the batch that cannot be learned from; returns what to say of it."""
     keeper.save(last)
     folder = run.directory / f"nonfinite_step_{last.step}"
+    try:
+        _save_batch(folder, sampled)
+        saved = f"the batch is in {folder}"
+    except OSError as error:
+        saved = f"{folder} cannot be written ({error.strerror or error})"
+    return (
+        f"step {last.step}: the last {int(last.state.skipped)} updates were not finite and were "
+        f"skipped, {saved}; lower optimizer.learning_rate, or raise train.max_skipped_updates"
+    )
+
+
+def _save_batch(folder: pathlib.Path, sampled: Sampled) -> None:
     folder.mkdir(exist_ok=True)
     process = jax.process_index()
     leaves = jax.tree_util.tree_leaves_with_path(sampled.rollout)
@@ -382,8 +415,3 @@ def _stuck(run: Run, last: checkpoint.Saved, sampled: Sampled, keeper: checkpoin
     np.savez(folder / f"batch_{process}.npz", rewards=sampled.rewards, **arrays)
     rows = _samples(sampled, len(sampled.completions))
     write_json(folder / f"rows_{process}.json", rows)
-    return (
-        f"step {last.step}: the last {int(last.state.skipped)} updates were not finite and were "
-        f"skipped, the batch is in {folder}; lower optimizer.learning_rate, or raise "
-        "train.max_skipped_updates"
-    )

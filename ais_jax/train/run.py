@@ -8,16 +8,19 @@ import itertools
 import os
 import pathlib
 import time
+import zlib
 
 import jax
+import numpy as np
 
 from ais_jax import distributed, report, settings
 from ais_jax import mesh as mesh_lib
 from ais_jax.config import Config
 from ais_jax.errors import UserError
 from ais_jax.evaluate import build_evaluator
+from ais_jax.models import Params
 from ais_jax.train import checkpoint, data, tracking
-from ais_jax.train.display import console, final_table
+from ais_jax.train.display import console, final_table, warn
 from ais_jax.train.loop import train_grpo
 from ais_jax.train.metrics import write_json
 from ais_jax.train.phases import Phases
@@ -54,13 +57,14 @@ def train(
     began = time.perf_counter()
     directory = pathlib.Path(distributed.agreed(str(_directory(config, name))))
     run, examples, dropped = distributed.together(_prepare, config, directory)
+    _check_equal(config, examples)
     phases = Phases()
     rewarder = Rewarder(
         reward_fn or f"{run.prompter.task.__name__}:reward",
         config.grpo.group_size,
         config.train.reward_timeout,
         phases,
-        _warn,
+        warn,
     )
     with phases.listening(), rewarder, _open_directory(run, resume) as checkpoints:
         _say_hello(run, examples, dropped)
@@ -101,36 +105,43 @@ def _prepare(config: Config, directory: pathlib.Path) -> tuple[Run, Examples, in
     return run, examples, len(generated.train) - len(examples.train)
 
 
+def _check_equal(config: Config, examples: Examples) -> None:
+    """Processes that do not run the same would wait for each other for ever, or train nonsense.
+
+    Raises:
+      UserError: settings or problems of a process are not those of process 0.
+    """
+    parts = {
+        "the settings": dataclasses.replace(config, output_dir=None),
+        "the problems": (examples.train, examples.heldout, examples.real),
+    }
+    for name, part in parts.items():
+        crc = distributed.gather(np.array([zlib.crc32(repr(part).encode())], np.uint32))
+        if (crc != crc[0]).any():
+            other = int(np.argmax(crc != crc[0]))
+            raise UserError(
+                f"{name} of process {other} are not those of process 0; start all alike"
+            )
+
+
 def _stages(
     run: Run, examples: Examples, checkpoints, rewarder: Rewarder, phases: Phases, began: float
 ) -> dict:
     """Warm-up, evaluation, GRPO, evaluation; returns the summary, timed from `began`."""
     config = run.config
-    # Several processes read and write one cache, in the folder that they share anyway.
-    cache = cache_directory() if jax.process_count() == 1 else run.directory / "cache"
-    with phases.interruptible():
-        params, frozen = initial_params(run)
-        run = dataclasses.replace(run, frozen=frozen)
-        params, cached = warm_up(run, params, examples.train, cache, phases.leave_if_told)
-    warmed = time.perf_counter()
-    evaluator = build_evaluator(
-        run.policy,
-        run.prompter,
-        run.programs.mesh,
-        config.train.eval_batch_size,
-        config.train.eval_max_new_tokens or config.rollout.max_new_tokens,
-        config.train.seed,
-        phases.leave_if_told,
-    )
-    reference = params if config.grpo.kl_coef else None
-    state = run.programs.init_state(params)
-    del params  # without a KL term nothing else needs them
-    start, iterator = _resume(run, examples, checkpoints, state)
-    del state
-    if start.step == 0:
-        with phases.interruptible():
-            before = _evaluate_all(evaluator, run.join(start.state.params), examples)
-        start = start._replace(host={"before": before})
+    with phases.watched(config.train.watchdog_seconds, warn):
+        run, params, cached = _warmed(run, examples, checkpoints, phases)
+        warmed = time.perf_counter()
+        evaluator = _evaluator(run, phases)
+        reference = params if config.grpo.kl_coef else None
+        with phases.phase("restore"):
+            state = run.programs.init_state(params)
+            del params  # without a KL term nothing else needs them
+            start, iterator = _resume(run, examples, checkpoints, state)
+            del state
+        if start.step == 0:
+            before = _evaluate_all(evaluator, run.join(start.state.params), examples, phases)
+            start = start._replace(host={"before": before})
 
     grpo_began = time.perf_counter()
     heldout = examples.heldout
@@ -146,8 +157,8 @@ def _stages(
     )
     iterator.close()
     grpo_ended = time.perf_counter()
-    with phases.interruptible():
-        after = _evaluate_all(evaluator, run.join(state.params), examples)
+    with phases.watched(config.train.watchdog_seconds, warn):
+        after = _evaluate_all(evaluator, run.join(state.params), examples, phases)
     return {
         "before": start.host["before"],
         "after": after,
@@ -163,6 +174,36 @@ def _stages(
     }
 
 
+def _warmed(run: Run, examples: Examples, checkpoints, phases: Phases) -> tuple[Run, Params, bool]:
+    """(run with what is frozen, what is trained after the warm-up, whether it was in the cache).
+
+    A run that goes on and has no reference policy needs no warm-up: its checkpoint has more.
+    """
+    # Several processes read and write one cache, in the folder that they share anyway.
+    cache = cache_directory() if jax.process_count() == 1 else run.directory / "cache"
+    goes_on = distributed.agreed(str(checkpoints.latest_step())) != "None"
+    with phases.interruptible(), phases.phase("warm-up"):
+        params, frozen = initial_params(run)
+        run = dataclasses.replace(run, frozen=frozen)
+        cached = False
+        if run.config.grpo.kl_coef or not goes_on:
+            params, cached = warm_up(run, params, examples.train, cache, phases.leave_if_told)
+    return run, params, cached
+
+
+def _evaluator(run: Run, phases: Phases):
+    config = run.config
+    return build_evaluator(
+        run.policy,
+        run.prompter,
+        run.programs.mesh,
+        config.train.eval_batch_size,
+        config.train.eval_max_new_tokens or config.rollout.max_new_tokens,
+        config.train.seed,
+        phases.leave_if_told,
+    )
+
+
 def _resume(run: Run, examples: Examples, checkpoints, state: TrainState):
     """(what is done, data iterator): of the newest checkpoint, or of a start with `state`."""
     config = run.config
@@ -174,7 +215,7 @@ def _resume(run: Run, examples: Examples, checkpoints, state: TrainState):
         parts=jax.process_count(),
         workers=config.train.data_workers,
     )
-    restored = checkpoint.restore(checkpoints, state, _warn)
+    restored = checkpoint.restore(checkpoints, state, warn)
     if restored is None:
         return checkpoint.Saved(0, state, {}), iterator
     iterator.set_state(restored.host["iterator"])
@@ -224,10 +265,11 @@ def _changed_keys(old: dict, new: dict, prefix: str = "") -> list[str]:
     return keys
 
 
-def _evaluate_all(evaluator, params, examples: Examples) -> dict[str, float]:
-    result = {f"heldout_{k}": v for k, v in evaluator(params, examples.heldout).items()}
-    if examples.real:
-        result |= {f"real_{k}": v for k, v in evaluator(params, examples.real).items()}
+def _evaluate_all(evaluator, params, examples: Examples, phases: Phases) -> dict[str, float]:
+    with phases.interruptible(), phases.phase("evaluation"):
+        result = {f"heldout_{k}": v for k, v in evaluator(params, examples.heldout).items()}
+        if examples.real:
+            result |= {f"real_{k}": v for k, v in evaluator(params, examples.real).items()}
     return result
 
 
@@ -252,10 +294,6 @@ def _say_hello(run: Run, examples: Examples, dropped: int) -> None:
         )
     if run.config.task.eval_file and not examples.real:
         console().print(f"{run.config.task.eval_file} is not here: evaluation on it is skipped")
-
-
-def _warn(text: str) -> None:
-    console().print(f"warning: {text}")
 
 
 def _count(params) -> int:

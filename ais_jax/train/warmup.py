@@ -21,7 +21,7 @@ from ais_jax.models.tokenizers import CharTokenizer
 from ais_jax.sampling import DiffusionConfig, Policy, Rollout, SamplingConfig
 from ais_jax.sampling.prompts import Prompter
 from ais_jax.train import checkpoint, data
-from ais_jax.train.display import WARMUP_COLUMNS, Progress
+from ais_jax.train.display import WARMUP_COLUMNS, Progress, warn
 from ais_jax.train.optimizer import warmup_optimizer
 from ais_jax.train.setup import Run
 from ais_jax.train.state import state_shardings
@@ -58,11 +58,13 @@ def warm_up(
     if config.steps == 0:
         return params, False
     path = pathlib.Path(cache_dir) / f"warmup-{fingerprint(run.config, run.prompter, examples)}"
-    if config.cache and checkpoint.exists(path):
-        return checkpoint.load_params(path, params), True
+    if config.cache:
+        cached = checkpoint.load_params(path, params, warn)
+        if cached is not None:
+            return cached, True
     params = _train(run, params, examples, between)
     if config.cache:
-        checkpoint.save_params(path, params)
+        checkpoint.save_params(path, params, warn)
     return params, False
 
 

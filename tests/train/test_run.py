@@ -36,6 +36,8 @@ REQUIRED = {
     "entropy",
     "completion_length",
     "rollout_seconds",
+    "reward_seconds",
+    "checkpoint_seconds",
     "score_seconds",
     "train_seconds",
     "quantize_seconds",
@@ -202,6 +204,38 @@ def test_the_warm_up_is_cached_by_what_it_depends_on(job):
     assert again["warmup_cached"]
     assert not ais_jax.train(make("c", **{"warmup.steps": 31}))["warmup_cached"]
     assert not ais_jax.train(make("d", **{"warmup.cache": False}))["warmup_cached"]
+
+
+def test_a_cache_that_cannot_be_used_costs_a_warm_up(job, capsys, monkeypatch):
+    make, folder = job
+    first = ais_jax.train(make("a"))
+    (kept,) = (folder / "cache" / "ais_jax").iterdir()
+    largest = max(kept.rglob("d/*"), key=lambda path: path.stat().st_size)
+    half = largest.stat().st_size // 2
+    largest.write_bytes(largest.read_bytes()[:half] + bytes(half))
+    again = ais_jax.train(make("b"))
+    assert not again["warmup_cached"] and again["before"] == first["before"]
+    assert f"warning: the warm-up in {kept} is damaged: " in capsys.readouterr().out
+    assert ais_jax.train(make("c"))["warmup_cached"]  # it was replaced
+    assert list((folder / "cache" / "ais_jax").iterdir()) == [kept]
+
+    (folder / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "file"))
+    assert not ais_jax.train(make("d"))["warmup_cached"]
+    assert "warning: the warm-up is not kept in " in capsys.readouterr().out
+
+
+def test_a_run_that_goes_on_is_warmed_up_only_for_a_reference(job, monkeypatch):
+    make, _ = job
+    for name, changes in {"plain": {}, "reference": {"grpo.kl_coef": 0.1}}.items():
+        changes = {"warmup.cache": False, **changes}
+        ais_jax.train(make(name, **changes, **{"train.steps": 2}))
+        with monkeypatch.context() as patched:
+            if name == "plain":
+                patched.setattr("ais_jax.train.run.warm_up", None)
+            resumed = ais_jax.train(make(name, **changes))
+        whole = ais_jax.train(make(f"{name} whole", **changes))
+        assert resumed["after"] == whole["after"]
 
 
 def test_the_warm_up_depends_on_the_problems_themselves(job):
@@ -385,7 +419,7 @@ def test_groups_that_differ_are_selected_row_by_row():
         rollout = Rollout(ids[:, None], mask, ids[:, None] * 10, mask, ids[:, None] / 2, mask[:, 0])
         texts = [str(i) for i in ids]
         rewards = np.array(rewards, np.float32)
-        return Sampled(rollout, [{"i": i} for i in ids], texts, rewards, 0, 0, 0, 12, 0.5)
+        return Sampled(rollout, [{"i": i} for i in ids], texts, rewards, 0, 0, 0, 12, 0.5, 0.25)
 
     rounds = [sampled(0, [1, 1, 0, 1]), sampled(4, [2, 2, 3, 0])]
     chosen = select_groups(rounds, group_size=2, groups=3)
