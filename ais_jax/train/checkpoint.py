@@ -392,7 +392,10 @@ def save_params(path: pathlib.Path, params: Params, warn: Callable[[str], None])
             own.rename(path)
     except Exception as error:
         warn(f"the warm-up is not kept in {path}: {_short(error)}")
-        shutil.rmtree(own, ignore_errors=True)
+    finally:
+        if distributed.first():
+            for rest in path.parent.glob(f"{own.name}*"):
+                shutil.rmtree(rest, ignore_errors=True)
 
 
 def load_params(path: pathlib.Path, like: Params, warn: Callable[[str], None]) -> Params | None:
