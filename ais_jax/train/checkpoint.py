@@ -274,7 +274,9 @@ def _arrays(path: pathlib.Path, like: T) -> T:
     def read(name: str, leaf) -> jax.Array:
         base = {"driver": "file", "path": f"{path}/"}
         kvstore = {"driver": "ocdbt", "base": base, "path": f"{name}/"}
-        store = ts.open({"driver": "auto", "kvstore": kvstore}).result()
+        # What is missing must not be read as zeros.
+        spec = {"driver": "zarr", "fill_missing_data_reads": False, "kvstore": kvstore}
+        store = ts.open(spec).result()
         if (store.shape, store.dtype.numpy_dtype) != (leaf.shape, leaf.dtype):
             raise ValueError(f"{name} is {store.dtype.name}{list(store.shape)}")
         return jax.make_array_from_callback(

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 import optax
 
-from ais_jax import masked, settings
+from ais_jax import distributed, masked, settings
 from ais_jax.config import Config
 from ais_jax.models import Params
 from ais_jax.models.tokenizers import CharTokenizer
@@ -57,7 +57,8 @@ def warm_up(
     config = run.config.warmup
     if config.steps == 0:
         return params, False
-    path = pathlib.Path(cache_dir) / f"warmup-{fingerprint(run.config, run.prompter, examples)}"
+    name = f"warmup-{fingerprint(run.config, run.prompter, examples)}"
+    path = pathlib.Path(distributed.agreed(str(pathlib.Path(cache_dir) / name)))
     if config.cache:
         cached = checkpoint.load_params(path, params, warn)
         if cached is not None:
