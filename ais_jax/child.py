@@ -16,10 +16,17 @@ def live_with(parent: int) -> None:
     Args:
       parent: the trainer's process id.
     """
-    # Both signals reach the whole group of processes; the trainer decides what follows.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    # Both signals reach the whole group of processes; the trainer decides what follows. They are
+    # not ignored, since what this process starts would ignore them, too, and could not be ended.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: None)
+    os.register_at_fork(after_in_child=_listen)
     threading.Thread(target=_die_with, args=(parent,), daemon=True).start()
+
+
+def _listen() -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _die_with(parent: int) -> None:

@@ -266,7 +266,7 @@ def test_processes_that_were_told_different_things_do_not_begin(config, tmp_path
     runs = launch([["job.py", "run", 2 + i, address, 2, i] for i in range(2)], tmp_path)
     for code, _, err in runs:
         assert code == 1
-        assert "the settings of process 1 are not those of process 0; start all alike" in err
+        assert "the settings of process 1 and of process 0 differ; start all alike" in err
     assert not (tmp_path / "run").exists()
 
 

@@ -381,7 +381,7 @@ def _short(error: Exception) -> str:
 
 
 def save_params(path: pathlib.Path, params: Params, warn: Callable[[str], None]) -> None:
-    """Saves parameters alone, in place of what is at `path`. A failure is told, nothing more."""
+    """Saves parameters alone, unless another run was faster. A failure is told, nothing more."""
     path = path.absolute()
     # Runs that save the same at the same time must not meet in one folder.
     own = path.with_name(f"{path.name}.{distributed.agreed(uuid.uuid4().hex)}")
@@ -389,8 +389,7 @@ def save_params(path: pathlib.Path, params: Params, warn: Callable[[str], None])
         distributed.together(functools.partial(path.parent.mkdir, parents=True, exist_ok=True))
         with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
             checkpointer.save(own, args=ocp.args.StandardSave(params))
-        if distributed.first():
-            shutil.rmtree(path, ignore_errors=True)
+        if distributed.first() and not path.exists():
             own.rename(path)
     except Exception as error:
         warn(f"the warm-up is not kept in {path}: {_short(error)}")
@@ -401,7 +400,7 @@ def save_params(path: pathlib.Path, params: Params, warn: Callable[[str], None])
 
 
 def load_params(path: pathlib.Path, like: Params, warn: Callable[[str], None]) -> Params | None:
-    """Parameters saved by `save_params`; None where there are none, or damaged ones.
+    """Parameters saved by `save_params`; None where there are none, or damaged ones, which go.
 
     Args:
       path: where.
@@ -416,6 +415,8 @@ def load_params(path: pathlib.Path, like: Params, warn: Callable[[str], None]) -
         return own
     told = _short(own) if isinstance(own, Exception) else "another process cannot read its part"
     warn(f"the warm-up in {path} is damaged: {told}; it is done again")
+    if distributed.first():
+        shutil.rmtree(path, ignore_errors=True)
     return None
 
 

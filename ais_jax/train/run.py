@@ -57,7 +57,8 @@ def train(
     began = time.perf_counter()
     directory = pathlib.Path(distributed.agreed(str(_directory(config, name))))
     run, examples, dropped = distributed.together(_prepare, config, directory)
-    _check_equal(config, examples)
+    named = reward_fn if reward_fn is None or isinstance(reward_fn, str) else "a function"
+    _check_equal(config, examples, resume, named)
     phases = Phases()
     rewarder = Rewarder(
         reward_fn or f"{run.prompter.task.__name__}:reward",
@@ -105,25 +106,25 @@ def _prepare(config: Config, directory: pathlib.Path) -> tuple[Run, Examples, in
     return run, examples, len(generated.train) - len(examples.train)
 
 
-def _check_equal(config: Config, examples: Examples) -> None:
+def _check_equal(config: Config, examples: Examples, resume: bool, reward: str | None) -> None:
     """Processes that do not run the same would wait for each other for ever, or train nonsense.
 
     Raises:
-      UserError: settings or problems of a process are not those of process 0.
+      UserError: something of a process is not that of process 0.
     """
     if jax.process_count() == 1:
         return
     parts = {
         "the settings": dataclasses.replace(config, output_dir=None),
+        "resume": resume,
+        "the reward function": reward,
         "the problems": (examples.train, examples.heldout, examples.real),
     }
     for name, part in parts.items():
         crc = distributed.gather(np.array([zlib.crc32(repr(part).encode())], np.uint32))
         if (crc != crc[0]).any():
             other = int(np.argmax(crc != crc[0]))
-            raise UserError(
-                f"{name} of process {other} are not those of process 0; start all alike"
-            )
+            raise UserError(f"{name} of process {other} and of process 0 differ; start all alike")
 
 
 def _stages(

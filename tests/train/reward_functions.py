@@ -42,6 +42,12 @@ def bad(completions, examples):
             process.start()
             pathlib.Path("pid").write_text(str(process.pid))
             process.join()
+        if text == "end":  # what it has started listens to SIGTERM
+            process = multiprocessing.get_context("fork").Process(target=time.sleep, args=(300,))
+            process.start()
+            process.join(1)  # as one does with a limit of time
+            process.terminate()
+            process.join()
         if text == "exit":
             sys.exit(3)
     return [2.0] * len(completions)

@@ -104,6 +104,12 @@ def test_what_hangs_in_a_process_of_its_own_costs_its_row(rewarder, tmp_path, mo
     gone(int((tmp_path / "pid").read_text()))
 
 
+def test_a_reward_may_end_what_it_has_started(rewarder):
+    made = rewarder("reward_functions:bad", timeout=30)
+    np.testing.assert_array_equal(made(["a", "end"], [{}] * 2), [2, 2])
+    assert made.take_failed() == 0
+
+
 def test_what_dies_costs_its_row(rewarder):
     made = rewarder("reward_functions:bad")
     np.testing.assert_array_equal(made(["a", "die", "exit", "b"], [{}] * 4), [2, 2, 2, 2])
