@@ -4,6 +4,7 @@ import gc
 import pathlib
 import resource
 import shutil
+import types
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +18,7 @@ from ais_jax.mesh import MeshConfig, make_mesh
 from ais_jax.train import checkpoint
 from ais_jax.train.state import Calibration, TrainState
 
-# Orbax reads arrays at the same time, and forgets the others when one of them fails.
+# Orbax writes arrays at the same time, and forgets the others when one of them fails.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 
 
@@ -253,3 +254,21 @@ def test_another_mesh_gets_the_same_numbers(folder, shape):
         found = checkpoint.restore(manager, like, pytest.fail)
     assert_same(found, 2)
     assert found.state.params["kernel"].sharding == sharding
+
+
+def test_what_goes_away_while_it_is_read_is_not_read_as_zeros(tmp_path, monkeypatch):
+    """Another run may replace what runs share."""
+    path, said, params = tmp_path / "kept", [], {"a": jnp.arange(4096.0)}
+    checkpoint.save_params(path, params, pytest.fail)
+    found = checkpoint.load_params(path, params, pytest.fail)
+    np.testing.assert_array_equal(found["a"], params["a"])
+    opened = checkpoint.ts.open
+
+    def goes_away(spec):
+        store = opened(spec).result()
+        shutil.rmtree(path)
+        return types.SimpleNamespace(result=lambda: store)
+
+    monkeypatch.setattr(checkpoint.ts, "open", goes_away)
+    assert checkpoint.load_params(path, params, said.append) is None
+    assert "is damaged" in said[0]
