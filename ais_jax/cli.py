@@ -1,4 +1,4 @@
-"""The command line: train, report, generate, convert, aot."""
+"""The command line: train, eval, score, report, generate, convert, aot."""
 
 from __future__ import annotations
 
@@ -24,6 +24,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_train(commands)
+    _add_eval(commands)
+    _add_score(commands)
     _add_report(commands)
     _add_generate(commands)
     _add_convert(commands)
@@ -96,7 +98,10 @@ class _TrainHelp(argparse.Action):
         lines = ["keys:"]
         for key, kind, default, doc in settings.describe(Config):
             lines.append(f"  {key} ({kind}, default {default})")
-            lines += textwrap.wrap(doc, 90, initial_indent="      ", subsequent_indent="      ")
+            indent = "      "
+            lines += textwrap.wrap(
+                doc, 90, initial_indent=indent, subsequent_indent=indent, break_on_hyphens=False
+            )
         parser.epilog = "\n".join(lines)
         parser.print_help()
         parser.exit()
@@ -142,6 +147,9 @@ def _report(args) -> int:
 
 _MODEL = "a checkpoint folder in Hugging Face format, a GGUF file, or the folder of a run"
 
+_DTYPE = "of parameters and activations; default float32 on a CPU, bfloat16 elsewhere"
+_DIFFUSION = "of diffusion models, keys of rollout.diffusion: block_length=32 steps=64 ..."
+
 
 def _add_generate(commands) -> None:
     generate = commands.add_parser(
@@ -161,18 +169,8 @@ def _add_generate(commands) -> None:
     add("--min-p", type=float, default=0.0, metavar="P", help="from those with P of the largest")
     add("--samples", type=int, default=1, metavar="N", help="completions, default 1")
     add("--seed", type=int, default=0, metavar="N", help="default 0")
-    add(
-        "--dtype",
-        choices=("bfloat16", "float32"),
-        help="of parameters and activations; default float32 on a CPU, bfloat16 elsewhere",
-    )
-    add(
-        "--diffusion",
-        nargs="+",
-        default=[],
-        metavar="KEY=VALUE",
-        help="of diffusion models, keys of rollout.diffusion: block_length=32 steps=64 ...",
-    )
+    add("--dtype", choices=("bfloat16", "float32"), help=_DTYPE)
+    add("--diffusion", nargs="+", default=[], metavar="KEY=VALUE", help=_DIFFUSION)
     generate.set_defaults(run=_generate)
 
 
@@ -220,6 +218,96 @@ def _diffusion(overrides: list[str]):
         return None
     changes = [settings.parse_override(text) for text in overrides]
     return settings.build(DiffusionConfig, settings.apply_overrides({}, changes), "--diffusion")
+
+
+def _add_eval(commands) -> None:
+    evaluate = commands.add_parser(
+        "eval",
+        help="measure a model on benchmarks",
+        description="Measures a model on benchmarks, writes every generation and a table, and goes "
+        "on where it was stopped. See docs/evaluation.md.",
+    )
+    add = evaluate.add_argument
+    add("model", help=_MODEL)
+    add("--task", required=True, metavar="NAMES", help="with commas: gsm8k, math500, amc, ...")
+    add("--lengths", default="256", metavar="N,...", help="most tokens of a completion, each alone")
+    add("--recipe", default="none", metavar="NAMES", help="with commas, such as none,fp8")
+    add("--protocol", choices=("own", "d1"), help="prompts and scorer; d1 for diffusion models")
+    add("--thinking", choices=("on", "off"), help="enable_thinking of the chat template")
+    add("--samples", type=int, default=1, metavar="N", help="completions of a problem, default 1")
+    add("--temperature", type=float, default=0.0, metavar="T", help="default 0, greedy")
+    add("--top-k", type=int, default=0, metavar="K", help="draw from the K most probable tokens")
+    add("--top-p", type=float, default=1.0, metavar="P", help="from the fewest that reach P")
+    add("--data", metavar="SOURCE", help="a file, hf:NAME[:CONFIG]:SPLIT, or generated:N")
+    add("--limit", type=int, metavar="N", help="only the first N problems")
+    add("--batch-size", type=int, default=32, metavar="N", help="completions at a time, default 32")
+    add("--tensor", type=int, default=1, metavar="N", help="devices that share each layer")
+    add("--seed", type=int, default=0, metavar="N", help="default 0")
+    add("--dtype", choices=("bfloat16", "float32"), help=_DTYPE)
+    add("--output", metavar="DIR", help="folder of the results; one that is there goes on")
+    add("--diffusion", nargs="+", default=[], metavar="KEY=VALUE", help=_DIFFUSION)
+    evaluate.set_defaults(run=_eval)
+
+
+def _eval(args) -> int:
+    memory.keep_freed()
+    import jax
+
+    from ais_jax.evaluation import run
+
+    options = run.Options(
+        benchmarks=_names(args.task),
+        lengths=_lengths(args.lengths),
+        recipes=_names(args.recipe),
+        samples=args.samples,
+        temperature=args.temperature,
+        top_k=args.top_k,
+        top_p=args.top_p,
+        protocol=args.protocol,
+        thinking=None if args.thinking is None else args.thinking == "on",
+        data=args.data,
+        limit=args.limit,
+        batch_size=args.batch_size,
+        seed=args.seed,
+        diffusion=_diffusion(args.diffusion),
+        tensor=args.tensor,
+    )
+    dtype = args.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
+    _keep_compiled()
+    run.say(run.evaluate(args.model, options, args.output, dtype))
+    return 0
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(name.strip() for name in text.split(",")))
+
+
+def _lengths(text: str) -> tuple[int, ...]:
+    names = _names(text)
+    if not all(name.isdecimal() and len(name) < 8 for name in names):
+        raise UserError(f"--lengths {text!r} must be whole numbers with commas, such as 128,256")
+    return tuple(map(int, names))
+
+
+def _add_score(commands) -> None:
+    score = commands.add_parser(
+        "score",
+        help="score generations that are there",
+        description="Puts generations through every scorer of a benchmark. Reads what `ais-jax "
+        "eval` writes, and the files that d1 publishes.",
+    )
+    score.add_argument("files", nargs="+", help="generations, pooled")
+    score.add_argument("--task", required=True, metavar="NAME", help="gsm8k, math500, sudoku, ...")
+    score.add_argument("--data", metavar="SOURCE", help="problems, where not the published file's")
+    score.set_defaults(run=_score)
+
+
+def _score(args) -> int:
+    from ais_jax.evaluation.rescore import rescore
+
+    for scorer, count, (value, error) in rescore(args.files, args.task, args.data):
+        print(f"{scorer}: {100 * value:.2f} ± {100 * error:.2f} % of {count} generations")
+    return 0
 
 
 def _add_convert(commands) -> None:

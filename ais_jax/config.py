@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Sequence
+from typing import Any
 
 from ais_jax import settings
 from ais_jax.ais_config import AISConfig
@@ -22,7 +23,19 @@ from ais_jax.models.published import PUBLISHED
 from ais_jax.recipes import RECIPES
 from ais_jax.sampling.diffusion_config import DiffusionConfig
 from ais_jax.settings import at_least, setting
-from ais_jax.tasks import TASKS, arithmetic, countdown, gsm8k, math, sudoku
+from ais_jax.tasks import (
+    STYLES,
+    TASKS,
+    aime25,
+    amc,
+    arithmetic,
+    countdown,
+    d1,
+    gsm8k,
+    math,
+    sudoku,
+)
+from ais_jax.tasks.rewards import Composition, of_mapping
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,9 +83,10 @@ class TaskConfig:
     seed: int = setting(0, "seed of the generator")
     style: str | None = setting(
         None,
-        "how problems are put: compact, or instruct as a user's turn in the chat template; null is "
-        "instruct with a checkpoint that has a template",
-        choices=("compact", "instruct"),
+        "how problems are put: compact, or as a user's turn in the chat template in our words "
+        "(instruct) or those of d1's training or evaluation (d1, d1_eval); null is instruct with a "
+        "checkpoint that has a template",
+        choices=STYLES,
     )
     enable_thinking: bool | None = setting(
         None, "argument of the chat template; null leaves it to the template"
@@ -94,9 +108,17 @@ class TaskConfig:
     )
     gsm8k: gsm8k.Options = setting(doc="training problems of GSM8K", default_factory=gsm8k.Options)
     math: math.Options = setting(doc="training problems of MATH", default_factory=math.Options)
+    amc: amc.Options = setting(doc="training problems for AMC", default_factory=amc.Options)
+    aime25: aime25.Options = setting(
+        doc="training problems for AIME 2025", default_factory=aime25.Options
+    )
 
     def __post_init__(self):
         at_least(self, 1, "train_examples", "heldout_examples")
+        if self.style in ("d1", "d1_eval") and self.name not in d1.TASKS:
+            raise ValueError(
+                f"style={self.style} is for {', '.join(d1.TASKS)}, not {self.name}: take instruct"
+            )
 
     @property
     def options(self):
@@ -194,9 +216,19 @@ class GRPOConfig:
         False, "replace groups whose rewards are all equal by sampling further prompts"
     )
     dynamic_sampling_rounds: int = setting(4, "sampling rounds a step at most")
+    overlong_buffer: int | None = setting(
+        None,
+        "tokens below rollout.max_new_tokens from which on length is penalized, as in DAPO; null "
+        "is never",
+    )
+    overlong_penalty: float = setting(
+        1.0, "what the longest completions lose; those in the buffer lose less, in a line"
+    )
 
     def __post_init__(self):
         at_least(self, 2, "group_size")
+        at_least(self, 1, "overlong_buffer")
+        at_least(self, 0, "overlong_penalty")
         at_least(
             self,
             1,
@@ -345,10 +377,34 @@ class Config:
     optimizer: OptimizerConfig = _section(OptimizerConfig, "AdamW")
     train: TrainConfig = _section(TrainConfig, "the run")
     mesh: MeshConfig = _section(MeshConfig, "devices")
+    rewards: dict[str, Any] = setting(
+        doc="what is rewarded and how much: task (its own reward), correct, boxed (by "
+        "math-verify), format, d1, or a function of yours as module:function",
+        default_factory=lambda: {"task": 1.0},
+    )
+    d1_compat: bool = setting(
+        False, "rewards of d1 with the bugs of its published code, to repeat its runs"
+    )
     output_dir: str | None = setting(
         None,
         "folder of the results; null is runs/<config name>-<time>. A run that is there goes on",
     )
+
+    def __post_init__(self):
+        buffer, longest = self.grpo.overlong_buffer, self.rollout.max_new_tokens
+        if buffer is not None and buffer > longest:
+            raise ValueError(
+                f"grpo.overlong_buffer={buffer} must be at most rollout.max_new_tokens={longest}"
+            )
+        try:
+            _ = self.composition
+        except ValueError as error:
+            raise ValueError(f"rewards: {error}") from None
+
+    @property
+    def composition(self) -> Composition:
+        """`rewards` for the task."""
+        return of_mapping(self.task.name, self.rewards, self.d1_compat)
 
     @property
     def sampled_at_once(self) -> int:

@@ -12,13 +12,15 @@ import jax
 from ais_jax import config as config_lib
 from ais_jax import lora
 from ais_jax.errors import UserError
-from ais_jax.mesh import MeshConfig
+from ais_jax.mesh import MeshConfig, make_mesh
 from ais_jax.models import Model, Params, cast_params, from_pretrained
 from ais_jax.models.checkpoint import tokenizer_of
 from ais_jax.models.tokenizers import Tokenizer, check_ids
 from ais_jax.train import checkpoint as run_checkpoint
 from ais_jax.train.display import console
 from ais_jax.train.setup import Run, build_run, initial_params
+
+_SPLIT = MeshConfig(data=1, fsdp=-1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,20 +51,23 @@ class TrainedRun(NamedTuple):
     model: Model  # knows where it came from
 
 
-def load_policy(path: str | os.PathLike, dtype: str = "bfloat16") -> LoadedPolicy:
+def load_policy(
+    path: str | os.PathLike, dtype: str = "bfloat16", layout: MeshConfig | None = None
+) -> LoadedPolicy:
     """Reads a checkpoint folder, a GGUF file, or the newest checkpoint of a run.
 
     Args:
       path: where it is.
       dtype: of parameters and activations, "bfloat16" or "float32"; see `from_pretrained`.
+      layout: devices over which the parameters are split; None is one, of a run all.
 
     Raises:
       UserError: nothing usable is there.
     """
     folder = pathlib.Path(path)
     if is_run(folder):
-        return _load_run(folder, dtype)
-    model = from_pretrained(folder, dtype)
+        return _load_run(folder, dtype, layout or _SPLIT)
+    model = from_pretrained(folder, dtype, None if layout is None else make_mesh(layout))
     assert model.checkpoint is not None
     try:
         tokenizer: Tokenizer | None = tokenizer_of(model.checkpoint)
@@ -90,14 +95,14 @@ def need_tokenizer(policy: LoadedPolicy, path: str | os.PathLike) -> Tokenizer:
     return tokenizer
 
 
-def open_run(folder: pathlib.Path) -> TrainedRun:
+def open_run(folder: pathlib.Path, layout: MeshConfig = _SPLIT) -> TrainedRun:
     """The newest checkpoint of a run, over the devices that are here, whatever it was trained on.
 
     Raises:
       UserError: there is no checkpoint, or its base cannot be used.
     """
     config = config_lib.load(folder / "config.yaml")
-    run = build_run(dataclasses.replace(config, mesh=MeshConfig(data=1, fsdp=-1)), folder)
+    run = build_run(dataclasses.replace(config, mesh=layout), folder)
     like = jax.tree.map(
         lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
         jax.eval_shape(run.programs.init_trainable, jax.random.key(0)),
@@ -109,8 +114,8 @@ def open_run(folder: pathlib.Path) -> TrainedRun:
     return TrainedRun(run, trained, run.source.pretrained(model) if run.source else model)
 
 
-def _load_run(folder: pathlib.Path, dtype: str) -> LoadedPolicy:
-    run, trained, model = open_run(folder)
+def _load_run(folder: pathlib.Path, dtype: str, layout: MeshConfig) -> LoadedPolicy:
+    run, trained, model = open_run(folder, layout)
     params = trained
     if run.policy.lora is not None:
         # The base is held as it was in training, then merged.

@@ -19,7 +19,7 @@ import numpy as np
 from common import show
 
 from ais_jax import config as config_lib
-from ais_jax.train import data, loop, setup
+from ais_jax.train import collect, data, loop, setup
 from ais_jax.train.phases import Phases
 
 
@@ -34,8 +34,8 @@ def prepare(path: str):
     for i in range(4):  # the first compiles
         began = time.perf_counter()
         copy, _ = jax.block_until_ready(run.programs.refit(state.params, None))
-        sampled = loop.sample_groups(
-            run, copy, jax.random.key(i), iterator, run.prompter.task.reward, Phases()
+        sampled = collect.sample_groups(
+            run, copy, jax.random.key(i), iterator, config.composition.judge, Phases()
         )
         seconds.append(time.perf_counter() - began)
     # Rewards of an untrained policy are all 0; advantages must differ to cost what they cost.
@@ -45,8 +45,8 @@ def prepare(path: str):
     return run, state, batch, float(np.median(seconds[1:]))
 
 
-def _with_rewards(sampled: loop.Sampled, rewards: np.ndarray) -> loop.Sampled:
-    return loop.Sampled(**{**vars(sampled), "rewards": rewards})
+def _with_rewards(sampled: collect.Sampled, rewards: np.ndarray) -> collect.Sampled:
+    return collect.Sampled(**{**vars(sampled), "rewards": rewards})
 
 
 def measure(path: str, repeats: int) -> dict[str, float]:

@@ -48,7 +48,7 @@ def measure(path: str, saves: int) -> dict[str, float]:
         for step in range(1, (saves + 1) * EVERY + 1):
             began = time.perf_counter()
             state, copy, _, _ = loop.train_step(
-                run, state, copy, step, iterator, run.prompter.task.reward, None
+                run, state, copy, step, iterator, config.composition.judge, None
             )
             steps.append(time.perf_counter() - began)
             if step % EVERY == 0:

@@ -20,6 +20,7 @@ from rollout_shapes import CONFIGS, endless
 
 from ais_jax import config as config_lib
 from ais_jax import memory, settings
+from ais_jax.tasks.rewards import Judged
 from ais_jax.train import data, loop, setup
 from ais_jax.train.optimizer import grpo_optimizer
 from ais_jax.train.programs import build_programs
@@ -30,7 +31,7 @@ PHASES = ("quantize", "rollout", "score", "train", "step")
 
 
 def configured(job: dict):
-    """(run, what is trained, iterator of examples, reward function) of a configuration file."""
+    """(run, what is trained, iterator of examples, judge) of a configuration file."""
     config = config_lib.load(job["config"])
     run = setup.build_run(config, pathlib.Path(tempfile.mkdtemp()))
     examples = setup.drop_long(setup.build_examples(config), run.prompter)
@@ -38,7 +39,7 @@ def configured(job: dict):
     run = dataclasses.replace(run, frozen=frozen)
     params, _ = warm_up(run, params, examples.train, cache_directory())
     iterator = data.batches(examples.train, config.grpo.prompts, config.train.seed)
-    return run, params, iterator, run.prompter.task.reward
+    return run, params, iterator, config.composition.judge
 
 
 def shaped(job: dict):
@@ -60,18 +61,22 @@ def shaped(job: dict):
     prompter = SimpleNamespace(
         prompts=lambda posed: (prompts[posed], np.ones((1, prompts.shape[1]), bool)),
         completions=lambda rollout: [" ".join(map(str, row)) for row in rollout.tokens.tolist()],
-        task=SimpleNamespace(score=lambda texts, examples: np.zeros(len(texts))),
     )
     optimizer, mesh = grpo_optimizer(config), run.programs.mesh
     programs = build_programs(config, policy, optimizer, mesh, run.recipe[0])
     run = dataclasses.replace(run, policy=policy, programs=programs, prompter=prompter)
     params, _ = setup.initial_params(run)
     posed = ([i] for i in itertools.cycle(range(len(prompts))))
-    return run, params, posed, lambda texts, examples: [float(len(set(t))) for t in texts]
+
+    def judge(texts, examples):
+        rewards = np.array([len(set(text)) for text in texts], np.float32)
+        return Judged(rewards, np.zeros(len(texts), np.float32), {})
+
+    return run, params, posed, judge
 
 
 def load(job: dict):
-    run, params, iterator, reward = (configured if "config" in job else shaped)(job)
+    run, params, iterator, judge = (configured if "config" in job else shaped)(job)
     policy = run.policy
     first = dataclasses.replace(policy, sampling=policy.sampling.resized(1))
     state = run.programs.init_state(params)
@@ -90,7 +95,7 @@ def load(job: dict):
     def step(request: dict) -> dict:
         carry["step"] += 1
         state, copy, metrics, sampled = loop.train_step(
-            run, carry["state"], carry["copy"], carry["step"], iterator, reward, None
+            run, carry["state"], carry["copy"], carry["step"], iterator, judge, None
         )
         carry.update(state=state, copy=copy)
         seconds = {name: metrics[f"{name}_seconds"] for name in PHASES}

@@ -154,7 +154,10 @@ class TextTokenizer:
         return self.backend.decode(kept, clean_up_tokenization_spaces=False)
 
     def chat(
-        self, messages: Sequence[Mapping[str, str]], enable_thinking: bool | None = None
+        self,
+        messages: Sequence[Mapping[str, str]],
+        enable_thinking: bool | None = None,
+        reply: str = "",
     ) -> list[int]:
         """Ids of a conversation by the checkpoint's chat template, up to where the reply starts.
 
@@ -162,6 +165,7 @@ class TextTokenizer:
           messages: each with "role" and "content".
           enable_thinking: passed to the template; None passes nothing, which templates may take
             for either.
+          reply: how the reply begins; it is part of the ids.
 
         Raises:
           UserError: there is no template, or it refuses the messages.
@@ -181,7 +185,7 @@ class TextTokenizer:
                 f"the chat template of {self.backend.name_or_path} refuses the messages with roles "
                 f"{[message.get('role') for message in messages]}: {first_line(error)}"
             ) from None
-        return self.encode(text)
+        return self.encode(text + reply)
 
 
 def tokenizer_files(directory: str | os.PathLike) -> list[pathlib.Path]:

@@ -12,6 +12,7 @@ from ais_jax.errors import UserError
 from ais_jax.models.tokenizers import Tokenizer, left_pad
 from ais_jax.sampling.diffusion import check_prompt
 from ais_jax.sampling.types import Rollout
+from ais_jax.tasks import pose
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,7 +24,7 @@ class Prompter:
       tokenizer: the model's.
       max_prompt_tokens: P.
       max_new_tokens: T.
-      style: how the task puts its problems, "compact" or "instruct".
+      style: how problems are put, one of `tasks.STYLES`.
       chat: whether the problem is a user's turn in the tokenizer's chat template.
       enable_thinking: argument of the template; None leaves it out.
       system: system message; None leaves it to the template.
@@ -47,13 +48,14 @@ class Prompter:
         Raises:
           UserError: they hold the mask token.
         """
-        text = self.task.prompt(example, self.style)
+        text, reply = pose(self.task, example, self.style)
         if self.chat:
             turns = [] if self.system is None else [{"role": "system", "content": self.system}]
             turns.append({"role": "user", "content": text})
-            ids = self.tokenizer.chat(turns, self.enable_thinking)  # type: ignore[attr-defined]
+            chat = self.tokenizer.chat  # type: ignore[attr-defined]
+            ids = chat(turns, self.enable_thinking, reply)
         else:
-            ids = self.tokenizer.encode(text)
+            ids = self.tokenizer.encode(text + reply)
         check_prompt(ids, self.mask_id)
         return ids
 

@@ -11,6 +11,7 @@ jax.
     key(example) -> str         identity of the problem, whatever the order it is written in
     prompt(example, style="compact") -> str
                                 "compact" for character models, "instruct" for a chat's user turn
+                                (of these and other styles see `pose`)
     demonstration(example) -> str
                                 the completion that supervised training imitates (compact style)
     careless(example) -> str    a completion of the right form that does not try
@@ -19,6 +20,11 @@ jax.
     reward(completions, examples) -> float32 [B], in [0, 1]
     score(completions, examples) -> float32 [B], 1 where the problem is solved, else 0
     load(path) -> list[dict]    examples of an evaluation file
+    EVAL_FILE                   name of the published test file, under ./ or $AIS_SHARED
+    MEASURES                    optional: further measures by name, (completions, examples) -> float
+    gold(example) -> str        optional: the right answer, where there is one alone
+    extract(completion) -> str | None
+                                optional: the answer given, the same text for the same answer
 
 Completions are model output and therefore hostile: they are never evaluated as code, and the work
 spent on one is bounded apart from a linear search for its answer. What is not a string scores 0.
@@ -28,7 +34,7 @@ import difflib
 from types import ModuleType
 
 from ais_jax.errors import UserError
-from ais_jax.tasks import arithmetic, countdown, gsm8k, math, sudoku
+from ais_jax.tasks import aime25, amc, arithmetic, common, countdown, d1, gsm8k, math, sudoku
 
 _MODULES = {
     "countdown": countdown,
@@ -36,8 +42,11 @@ _MODULES = {
     "arithmetic": arithmetic,
     "gsm8k": gsm8k,
     "math": math,
+    "amc": amc,
+    "aime25": aime25,
 }
 TASKS = tuple(_MODULES)
+STYLES = (*common.STYLES, "d1", "d1_eval")
 
 
 def get_task(name: str) -> ModuleType:
@@ -52,3 +61,26 @@ def get_task(name: str) -> ModuleType:
             f"task {name!r} is unknown; did you mean {nearest!r}? Tasks: {', '.join(TASKS)}"
         )
     return _MODULES[name]
+
+
+def name_of(task: ModuleType) -> str:
+    """The name that `get_task` takes for a task's module."""
+    return next(name for name, module in _MODULES.items() if module is task)
+
+
+def pose(task: ModuleType, example: dict, style: str) -> tuple[str, str]:
+    """(the problem as text, how the reply begins) in a style.
+
+    "compact" and "instruct" are the task's own. "d1" and "d1_eval" are the prompts of d1 (arXiv
+    2504.12216) in training and in evaluation, where the reply begins with <reasoning>.
+
+    Raises:
+      ValueError: the style is unknown, or d1 has none for the task.
+    """
+    if not style.startswith("d1"):
+        return task.prompt(example, style), ""
+    if style not in STYLES or name_of(task) not in d1.TASKS:
+        raise ValueError(f"style={style!r} is for {', '.join(d1.TASKS)}, not {name_of(task)}")
+    evaluation = style == "d1_eval"
+    text = d1.prompt(name_of(task), example, evaluation)
+    return text, d1.PREFILL if evaluation else ""

@@ -200,7 +200,7 @@ def score(completions: Sequence[str], examples: Sequence[dict]) -> np.ndarray:
 
 
 def load(path: str | os.PathLike) -> list[dict]:
-    """Problems of a JSON-lines file.
+    """Problems of a file of JSON lines, CSV or Parquet.
 
     Raises:
       UserError: the file cannot be read or a line is malformed.
@@ -212,6 +212,8 @@ def _read_row(row: dict) -> dict:
     problem, answer = row.get("problem"), row.get("answer")
     if not isinstance(problem, str) or not _PROBLEM.fullmatch(problem):
         raise ValueError("not a problem")
+    if isinstance(answer, str) and re.fullmatch("-?[0-9]{1,18}", answer):  # as CSV has it
+        answer = int(answer)
     if type(answer) is not int or answer != parse(problem).value:
         raise ValueError("not the answer")
     if abs(answer) >= 10**_MOST_DIGITS:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from ais_jax.errors import UserError
-from ais_jax.tasks.files import Reading
+from ais_jax.tasks.files import Reading, is_hub
 
 SPLITS = ("train", "heldout")
 STYLES = ("compact", "instruct")
@@ -52,7 +52,9 @@ class FileOptions:
     """Where training problems come from, of a task that does not generate them."""
 
     path: str | None = option(
-        None, "JSON-lines or Parquet file of training problems, as it stands or under $AIS_SHARED"
+        None,
+        "file of training problems (JSON lines, CSV, Parquet), as it stands or under $AIS_SHARED; or "
+        "hf:NAME[:CONFIG]:SPLIT of the Hugging Face hub",
     )
 
 
@@ -193,7 +195,7 @@ def take(
 def take_from_file(
     name: str | None,
     setting: str,
-    read: Callable[[pathlib.Path], Reading],
+    read: Callable[[str | pathlib.Path], Reading],
     count: int,
     seed: int,
     split: str,
@@ -203,7 +205,7 @@ def take_from_file(
     """`count` problems of a file in random order, of the split, not excluded, no key twice.
 
     Args:
-      name: the file, looked up by `find_shared`.
+      name: the file or dataset, looked up by `locate`.
       setting: the key of the configuration that names it, for errors.
       read: reads it.
 
@@ -213,7 +215,7 @@ def take_from_file(
     """
     if name is None:
         raise UserError(f"{setting} is null; name a file of training problems there")
-    path = find_shared(name)
+    path = locate(name)
     if path is None:
         raise UserError(
             f"{setting}={name!r} is no file, neither as it stands nor in {_shared()}; correct it, "
@@ -235,8 +237,13 @@ def take_from_file(
     )
 
 
-def find_shared(name: str) -> pathlib.Path | None:
-    """A data file, as it stands or under $AIS_SHARED (default ../shared); None where absent."""
+def locate(name: str) -> str | pathlib.Path | None:
+    """A data file, as it stands or under $AIS_SHARED (default ../shared); None where absent.
+
+    A dataset of the Hugging Face hub, hf:NAME[:CONFIG]:SPLIT, stays what it is.
+    """
+    if is_hub(name):
+        return name
     for path in (pathlib.Path(name), _shared() / name):
         if path.is_file():
             return path

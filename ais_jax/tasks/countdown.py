@@ -276,7 +276,7 @@ def score(completions: Sequence[str], examples: Sequence[dict]) -> np.ndarray:
 
 
 def load(path: str | os.PathLike) -> list[dict]:
-    """Problems of a JSON-lines file, with "input" and "output" or with this module's own keys.
+    """Problems of a file with "input" and "output", "nums" and "target", or this module's own keys.
 
     Raises:
       UserError: the file cannot be read or a line is malformed.
@@ -288,7 +288,7 @@ def _read_row(row: dict) -> dict:
     if "input" in row:
         numbers = [_whole(x) for x in str(row["input"]).split(",")]
         return {"numbers": numbers, "target": _whole(row.get("output"))}
-    given = row.get("numbers")
+    given = row.get("numbers", row.get("nums"))
     if not isinstance(given, list) or not given:
         raise ValueError("no numbers")
     example: dict = {"numbers": [_whole(x) for x in given], "target": _whole(row.get("target"))}

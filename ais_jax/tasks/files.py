@@ -1,7 +1,9 @@
-"""Files of problems, row by row: JSON lines and Parquet."""
+"""Problems row by row: files of JSON lines, CSV and Parquet, and datasets of the Hugging Face hub."""
 
 from __future__ import annotations
 
+import csv
+import io
 import itertools
 import json
 import os
@@ -14,6 +16,7 @@ from ais_jax.errors import UserError
 # Of training problems a file may lose this share to malformed rows.
 TOLERANCE = 0.01
 _NAMED = 5
+_HUB = "hf:"
 
 ReadRow = Callable[[dict], dict]
 
@@ -29,7 +32,8 @@ def read_lines(path: str | os.PathLike, read_row: ReadRow, expected: str) -> lis
     """An example of each row of a file, all of which must be well-formed.
 
     Args:
-      path: JSON lines, of which blank ones are skipped; or Parquet, if the name ends in .parquet.
+      path: a file of JSON lines, of which blank ones are skipped, or of CSV or Parquet, if its name
+        ends in .csv or .parquet; or hf:NAME[:CONFIG]:SPLIT, a dataset of the Hugging Face hub.
       read_row: from a row to an example; raises ValueError if it is none.
       expected: what a row should be, for errors.
 
@@ -79,20 +83,61 @@ def _examples(
     path: str | os.PathLike, read_row: ReadRow, expected: str
 ) -> Iterator[tuple[int, dict | UserError]]:
     """(number, example, or what is wrong with the row) of each row."""
-    parquet = pathlib.Path(path).suffix == ".parquet"
-    rows: Iterator[tuple[int, Any]] = (_parquet if parquet else _json_lines)(path, expected)
+    rows = _reader(path)(path, expected)
     for number, raw in rows:
         try:
-            row = raw if parquet else json.loads(raw.decode())
+            row = json.loads(raw.decode()) if isinstance(raw, bytes) else raw
             if not isinstance(row, dict):
                 raise ValueError("not an object")
             found: dict | UserError = read_row(row)
         except UnicodeDecodeError:
             found = UserError(f"{path}, line {number}: not UTF-8 text; expected {expected}")
         except (ValueError, RecursionError):
-            text = raw if parquet else raw.decode(errors="replace")
+            text = raw.decode(errors="replace") if isinstance(raw, bytes) else raw
             found = line_error(path, number, text, expected)
         yield number, found
+
+
+def _reader(path: str | os.PathLike) -> Callable[[Any, str], Iterator[tuple[int, Any]]]:
+    if is_hub(path):
+        return _hub
+    return {".csv": _csv, ".parquet": _parquet}.get(pathlib.Path(path).suffix, _json_lines)
+
+
+def is_hub(source: str | os.PathLike) -> bool:
+    """Whether a source of problems is a dataset of the hub."""
+    return isinstance(source, str) and source.startswith(_HUB)
+
+
+def _hub(source: str, expected: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(number, values by column) of the rows of hf:NAME[:CONFIG]:SPLIT."""
+    name, *config, split = source.removeprefix(_HUB).split(":") + [""] * (source.count(":") < 2)
+    if not name or not split or len(config) > 1:
+        raise UserError(f"{source} is no dataset: write hf:NAME:SPLIT or hf:NAME:CONFIG:SPLIT")
+    try:
+        import datasets
+    except ImportError:
+        raise UserError(f"{source} needs datasets; pip install 'ais-jax[hub]'") from None
+    try:
+        rows = datasets.load_dataset(name, *config, split=split)
+        yield from enumerate((dict(row) for row in rows), 1)
+    except Exception as error:  # of the network, of the hub, of a file there
+        problem = str(error).strip().split("\n")[0] or type(error).__name__
+        raise UserError(
+            f"{source} cannot be read: {problem}; without a network, download its file and name that"
+        ) from None
+
+
+def _csv(path: str | os.PathLike, expected: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(number of the last line, texts by column) of the rows that are not blank."""
+    lines = csv.reader(io.StringIO(read_text(path, f"a CSV file with {expected}"), newline=""))
+    try:
+        header = next(lines, [])
+        for row in lines:
+            if row:
+                yield lines.line_num, dict(itertools.zip_longest(header, row))
+    except csv.Error as error:
+        raise line_error(path, lines.line_num, error, expected) from None
 
 
 def _json_lines(path: str | os.PathLike, expected: str) -> Iterator[tuple[int, bytes]]:

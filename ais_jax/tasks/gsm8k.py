@@ -8,22 +8,16 @@ The interface is described in `ais_jax.tasks`.
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Collection, Sequence
-from fractions import Fraction
 
 import numpy as np
 
 from ais_jax.tasks import common, files
+from ais_jax.tasks.final_number import final_number
 
 ALPHABET = common.PRINTABLE
 Options = common.FileOptions
 
-_REACH = 1000
-_SPACING = re.compile(r"\\[!,;:$%]|[$%]")
-_WORD = re.compile(r"[\w.,]+(?:(?<=[0-9][eE])[-+][0-9]+)?(?:/[\w.,]+)?")
-_QUANTITY = re.compile(r"([0-9.,]+(?:/[0-9.,]+)?)(?:/?[A-Za-z]+)?")  # 18, 3/4, 18kg, 18/day
-_MINUS = re.compile(r"(?:(?<![\w)}])[-−–]|[^\w)}\s][ \t]*[-−–][ \t]*)\Z")
 _FILE_LINE = '{"question": "What is half of 6?", "answer": "It is 6/2 = 3.\\n#### 3"}'
 
 
@@ -98,42 +92,23 @@ def reward(completions: Sequence[str], examples: Sequence[dict]) -> np.ndarray:
 
 
 def _is_right(completion: object, example: dict) -> bool:
-    value = _final_number(completion) if isinstance(completion, str) else None
-    return value is not None and value == common.number(_final_text(example["answer"]))
+    value = final_number(completion) if isinstance(completion, str) else None
+    return value is not None and value == common.number(gold(example))
+
+
+def gold(example: dict) -> str:
+    """The right number as text: "3"."""
+    return _final_text(example["answer"])
+
+
+def extract(completion: str) -> str | None:
+    """The number that a completion gives, as a quotient: "3", "1/3"; None if it gives none."""
+    value = final_number(completion) if isinstance(completion, str) else None
+    return None if value is None else str(value)
 
 
 def _final_text(solution: str) -> str:
     return solution.rpartition("####")[2].strip()
-
-
-def _final_number(completion: str) -> Fraction | None:
-    """The number that `reward` describes, or None."""
-    text = common.marked(completion)
-    if text is None:
-        _, mark, after = completion.rpartition("####")
-        line = after.strip().partition("\n")[0]
-        # In Markdown the same mark begins a heading.
-        text = line if mark and _whole_number(line) is not None else completion
-    whole = _whole_number(text)
-    return _last_number(text) if whole is None else whole
-
-
-def _whole_number(text: str) -> Fraction | None:
-    return common.number(_plain(text)) if len(text) <= _REACH else None
-
-
-def _plain(text: str) -> str:
-    return _SPACING.sub("", text.replace("{,}", ","))
-
-
-def _last_number(text: str) -> Fraction | None:
-    found = common.last_number_word(_plain(text[-_REACH:]), _WORD, len(text) > _REACH)
-    if found is None:
-        return None
-    before, word = found
-    quantity = _QUANTITY.fullmatch(word.rstrip(".,"))
-    value = common.number(quantity[1]) if quantity else None
-    return -value if value is not None and _MINUS.search(before) else value
 
 
 def score(completions: Sequence[str], examples: Sequence[dict]) -> np.ndarray:
@@ -142,7 +117,7 @@ def score(completions: Sequence[str], examples: Sequence[dict]) -> np.ndarray:
 
 
 def load(path: str | os.PathLike) -> list[dict]:
-    """Problems of a JSON-lines or Parquet file.
+    """Problems of a file of JSON lines, CSV or Parquet.
 
     Raises:
       UserError: the file cannot be read or a line is malformed.

@@ -10,11 +10,13 @@ import os
 import re
 from collections.abc import Collection, Sequence
 from fractions import Fraction
+from math import isfinite
 from typing import NamedTuple
 
 import numpy as np
 
-from ais_jax.tasks import common, files
+from ais_jax.tasks import common, files, verify
+from ais_jax.tasks.final_number import final_number
 
 ALPHABET = common.PRINTABLE
 Options = common.FileOptions
@@ -66,7 +68,7 @@ def generate(
       ValueError: it has fewer than `count`, or an argument is out of range.
     """
     return common.take_from_file(
-        options.path, "task.math.path", _read, count, seed, split, exclude, key
+        options.path, "task.math.path", read_training, count, seed, split, exclude, key
     )
 
 
@@ -91,17 +93,20 @@ def careless(example: dict) -> str:
 
 
 def reward(completions: Sequence[str], examples: Sequence[dict]) -> np.ndarray:
-    """1 where the marked answer is that of the example, else 0.
+    """1 where the answer is that of the example, else 0.
 
-    It is what `common.marked` finds, of 1000 characters at most. It is right if it is the same
-    number, or the same text once both are written in one way:
+    It is what `common.marked` finds, or else the line after the last ####, of 1000 characters at
+    most. It is right if it is the same number; or the same text once both are written in one way:
 
     * without spaces, $ and %, degree signs, \\left and \\right, a final point, a unit in \\text{}
       after the rest, a name before it (x=5, f(x)=5), and brackets of a single capital letter;
-    * \\text{up} as up, \\dfrac12 as \\frac{1}{2}, \\sqrt2 as \\sqrt{2}, x^{2} as x^2, .50 as 0.5.
+    * \\text{up} as up, \\dfrac12 as \\frac{1}{2}, \\sqrt2 as \\sqrt{2}, x^{2} as x^2, .50 as 0.5;
 
-    A number is a decimal, with commas between thousands or without, or a quotient of two. Nothing
-    is computed or reordered: 2+x is not x+2, and 1,2 is not 2,1.
+    or if math-verify takes it for the right one, see `verify.equal`. A number is a decimal, with
+    commas between thousands or without, or a quotient of two.
+
+    Where nothing is marked and the right answer is a number, the last number of the completion is
+    the answer, see `final_number`.
 
     Args:
       completions: B texts.
@@ -112,12 +117,48 @@ def reward(completions: Sequence[str], examples: Sequence[dict]) -> np.ndarray:
 
     Raises:
       ValueError: the lengths differ.
+      UserError: math-verify cannot be started.
     """
-    return common.judge(completions, examples, _is_right)
+    common.check_batch(completions, examples)
+    golds = [gold(example) for example in examples]
+    given = [_given(completion) for completion in completions]
+    right = np.zeros(len(golds), np.float32)
+    for i, (answer, answer_of_prose) in enumerate(given):
+        if answer is not None:
+            right[i] = _agree(answer, golds[i])
+        elif answer_of_prose is not None:
+            right[i] = answer_of_prose == _normal(golds[i]).number
+    unclear = [i for i, (answer, _) in enumerate(given) if answer is not None and not right[i]]
+    asked = [golds[i] for i in unclear], [given[i][0] for i in unclear]
+    right[unclear] = verify.equal(*asked)
+    return right
 
 
-def _is_right(completion: object, example: dict) -> bool:
-    return isinstance(completion, str) and _agree(common.marked(completion), example["answer"])
+def _given(completion: object) -> tuple[str | None, Fraction | None]:
+    """(the answer that is marked, or else the last number)."""
+    if not isinstance(completion, str):
+        return None, None
+    answer = common.marked(completion)
+    if answer is None:
+        _, mark, after = completion.rpartition("####")
+        answer = after.strip().partition("\n")[0].strip() if mark else None
+    return (answer, None) if answer else (answer, final_number(completion))
+
+
+def gold(example: dict) -> str:
+    """The right answer: "\\frac{1}{2}"."""
+    return example["answer"]
+
+
+def extract(completion: str) -> str | None:
+    """The answer that a completion gives, in one form for what `reward` takes for the same text or
+    number; None if it gives none.
+    """
+    answer, number = _given(completion)
+    if answer is not None and len(answer) <= _LONGEST:
+        normal = _normal(answer)
+        return (normal.text or None) if normal.number is None else str(normal.number)
+    return None if number is None else str(number)
 
 
 class _Answer(NamedTuple):
@@ -159,7 +200,7 @@ def score(completions: Sequence[str], examples: Sequence[dict]) -> np.ndarray:
 
 
 def load(path: str | os.PathLike) -> list[dict]:
-    """Problems of a JSON-lines or Parquet file; the solution is read where there is no answer.
+    """Problems of a file of JSON lines, CSV or Parquet; the solution is read where there is no answer.
 
     Raises:
       UserError: the file cannot be read or a line is malformed.
@@ -167,17 +208,27 @@ def load(path: str | os.PathLike) -> list[dict]:
     return files.read_lines(path, _read_row, _FILE_LINE)
 
 
-def _read(path: str | os.PathLike) -> files.Reading:
+def read_training(path: str | os.PathLike) -> files.Reading:
+    """Training problems of a file, of which a few rows may be malformed. Raises like `load`."""
     return files.read_most(path, _read_row, _FILE_LINE)
 
 
 def _read_row(row: dict) -> dict:
-    problem = files.text_of(row, "problem")
-    if row.get("answer") is None:
-        answer = common.last_boxed(files.text_of(row, "solution")) or ""
-    else:
-        answer = files.text_of(row, "answer")
-    example = {"problem": problem, "answer": answer.strip()}
+    problem = files.text_of(row, "problem" if row.get("problem") else "question")
+    answer = _answer_of(row).strip()
     if not _agree(common.marked(f"\\boxed{{{answer}}}"), answer):
         raise ValueError("an answer that no completion can give")
-    return example
+    return {"problem": problem, "answer": answer}
+
+
+def _answer_of(row: dict) -> str:
+    """The answer of a file's row: AMC's are numbers such as 27.0, NeMo's are called expected."""
+    for name in ("answer", "expected_answer"):
+        value = row.get(name)
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            if not isfinite(value):
+                raise ValueError("no number")
+            return str(int(value)) if value == int(value) else str(value)
+        if value is not None:
+            return files.text_of(row, name)
+    return common.last_boxed(files.text_of(row, "solution")) or ""

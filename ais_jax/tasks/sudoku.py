@@ -6,10 +6,8 @@ for a blank. The interface is described in `ais_jax.tasks`.
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 import functools
-import io
 import itertools
 import os
 import re
@@ -228,18 +226,29 @@ def score(completions: Sequence[str], examples: Sequence[dict]) -> np.ndarray:
     return (reward(completions, examples) == 1).astype(np.float32)
 
 
-def cell_accuracy(completions: Sequence[str], examples: Sequence[dict]) -> float:
-    """The share of blank cells filled as in the solution, pooled over all puzzles.
+def cells(completions: Sequence[str], examples: Sequence[dict]) -> tuple[np.ndarray, np.ndarray]:
+    """(blank cells filled as in the solution, blank cells), each [B] int.
 
-    The measure of the d1 evaluation (arXiv 2504.12216): answers are cut or padded to 16 characters
-    and given cells are not compared. 0 if there is no blank. Raises like `reward`.
+    Answers are cut or padded to 16 characters and given cells are not compared. Raises like
+    `reward`.
     """
     common.check_batch(completions, examples)
     counts = [
         _matches(_answer(completion)[:CELLS].ljust(CELLS, "0"), example)
         for completion, example in zip(completions, examples, strict=True)
     ]
-    return sum(right for right, _ in counts) / max(sum(blanks for _, blanks in counts), 1)
+    right, blanks = zip(*counts, strict=True) if counts else ((), ())
+    return np.array(right, int), np.array(blanks, int)
+
+
+def cell_accuracy(completions: Sequence[str], examples: Sequence[dict]) -> float:
+    """The share of blank cells filled as in the solution, pooled over all puzzles.
+
+    The measure of the d1 evaluation (arXiv 2504.12216). 0 if there is no blank. Raises like
+    `reward`.
+    """
+    right, blanks = cells(completions, examples)
+    return int(right.sum()) / max(int(blanks.sum()), 1)
 
 
 MEASURES = {"cell_accuracy": cell_accuracy}
@@ -263,31 +272,20 @@ def _matches(answer: str, example: dict) -> tuple[int, int]:
 
 
 def load(path: str | os.PathLike) -> list[dict]:
-    """Puzzles of a CSV file with the columns Puzzle and Solution.
+    """Puzzles of a file with the columns Puzzle and Solution, or with this module's own keys.
+
+    CSV, or JSON lines or Parquet with texts: a number has lost the zeros it began with.
 
     Raises:
       UserError: the file cannot be read or a line is malformed.
     """
-    lines = csv.reader(io.StringIO(files.read_text(path, f"a CSV file with {_FILE_LINE}")))
-    examples = []
-    try:
-        header = next(lines, [])
-        if header != ["Puzzle", "Solution"]:
-            raise files.line_error(path, 1, ",".join(header), "the header Puzzle,Solution")
-        for row in lines:
-            if row:
-                examples.append(_read_row(row))
-    except csv.Error as error:
-        raise files.line_error(path, lines.line_num, error, _FILE_LINE) from None
-    except ValueError:
-        raise files.line_error(path, lines.line_num, ",".join(row), _FILE_LINE) from None
-    if not examples:
-        raise files.line_error(path, 2, "", _FILE_LINE)
-    return examples
+    return files.read_lines(path, _read_row, _FILE_LINE)
 
 
-def _read_row(row: list[str]) -> dict:
-    puzzle, solution = row
+def _read_row(row: dict) -> dict:
+    puzzle, solution = (row.get(name.title(), row.get(name)) for name in ("puzzle", "solution"))
+    if not isinstance(puzzle, str) or not isinstance(solution, str):
+        raise ValueError("no puzzle")
     if not _PUZZLE.fullmatch(puzzle) or not _GRID.fullmatch(solution):
         raise ValueError("not a puzzle and a grid")
     solved = (_grids() == np.array(list(solution), np.int8)).all(axis=1).any()

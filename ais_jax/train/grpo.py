@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -44,3 +46,24 @@ def informative_groups(rewards: np.ndarray, group_size: int) -> np.ndarray:
     """[groups] bool: which groups' rewards differ, so that they have an advantage."""
     groups = np.asarray(rewards).reshape(-1, group_size)
     return groups.max(axis=1) > groups.min(axis=1)
+
+
+def completion_lengths(tokens: np.ndarray, mask: np.ndarray, eos_ids: Sequence[int]) -> np.ndarray:
+    """[B] int: tokens of each completion through its first end token, or all that count.
+
+    Args:
+      tokens: [B, T] int.
+      mask: [B, T] bool, which of them were sampled.
+      eos_ids: ids that end a completion.
+    """
+    ends = np.isin(tokens, np.asarray(eos_ids)) & np.asarray(mask)
+    whole = np.asarray(mask).sum(axis=1)
+    return np.where(ends.any(axis=1), ends.argmax(axis=1) + 1, whole)
+
+
+def overlong_penalty(lengths: np.ndarray, longest: int, buffer: int) -> np.ndarray:
+    """[B] float32: 0 up to `longest` - `buffer` tokens, then falling in a line to -1 at `longest`.
+
+    DAPO (arXiv 2503.14476), eq. 13.
+    """
+    return -np.clip((lengths - (longest - buffer)) / buffer, 0, 1).astype(np.float32)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import pathlib
 import time
@@ -16,39 +15,19 @@ from ais_jax import distributed, masked, settings
 from ais_jax.config import Config
 from ais_jax.errors import UserError
 from ais_jax.models import Params
-from ais_jax.sampling import Rollout
 from ais_jax.sampling.estimators import covered
 from ais_jax.train import checkpoint, grpo, guards, throughput, tracking
+from ais_jax.train.collect import Judge, Sampled, sample_groups
 from ais_jax.train.display import GRPO_COLUMNS, Progress
 from ais_jax.train.metrics import write_json
 from ais_jax.train.phases import Phases, Preempted
-from ais_jax.train.rewards import Rewarder, checked_rewards
+from ais_jax.train.rewards import Rewarder
 from ais_jax.train.setup import Run
 from ais_jax.train.state import TrainState
 from ais_jax.train.step import TrainBatch
 
 # Sets the keys of canvases apart from those of sampling rounds.
 PLAN = 2**31 - 1
-
-
-@dataclasses.dataclass(frozen=True)
-class Sampled:
-    """One step's rollouts, groups in consecutive rows.
-
-    The statistics are of everything that was sampled, also of groups that dynamic sampling drops.
-    Arrays are whole in every process; examples and completions are None where another one has them.
-    """
-
-    rollout: Rollout
-    examples: list[dict | None]
-    completions: list[str | None]
-    rewards: np.ndarray  # [B] float32
-    reward: float
-    accuracy: float
-    informative: float  # share of groups whose rewards differ
-    count: int  # tokens
-    seconds: float  # time spent in the sampler
-    reward_seconds: float  # time until all processes have their rewards
 
 
 def train_grpo(
@@ -86,11 +65,12 @@ def train_grpo(
         keeper = checkpoint.Keeper(checkpoints, warn)
         copy, _ = run.programs.refit(run.join(start.state.params), None)
         watch = guards.Watch.of_json(start.host.get("watch", guards.Watch().to_json()))
+        judge = functools.partial(rewarder.judge, score=run.prompter.task.score)
         saving = 0.0  # seconds that the checkpoint of the step before has held this one up
         try:
             for step in range(start.step + 1, config.train.steps + 1):
                 state, copy, metrics, sampled = train_step(
-                    run, last.state, copy, step, iterator, rewarder, reference, phases
+                    run, last.state, copy, step, iterator, judge, reference, phases
                 )
                 failed = distributed.gather(np.array([rewarder.take_failed()]))
                 metrics["reward_failures"] = int(failed.sum())
@@ -161,7 +141,14 @@ def _guarded(run: Run, watch: guards.Watch, step: int, metrics: dict, warn) -> g
 
 
 def train_step(
-    run: Run, state, copy, step: int, iterator, reward_fn, reference, phases: Phases | None = None
+    run: Run,
+    state,
+    copy,
+    step: int,
+    iterator,
+    judge: Judge,
+    reference,
+    phases: Phases | None = None,
 ):
     """One GRPO step. Returns the new state, its sampling copy, the metrics and what was sampled.
 
@@ -175,7 +162,7 @@ def train_step(
     key = jax.random.fold_in(jax.random.key(run.config.train.seed), step)
     with phases.interruptible():
         with phases.phase(f"step {step}: rollout"):
-            sampled = sample_groups(run, copy, key, iterator, reward_fn, phases)
+            sampled = sample_groups(run, copy, key, iterator, judge, phases)
         phases.leave_if_told()
         clock["rollout_seconds"] = sampled.seconds
         clock["reward_seconds"] = sampled.reward_seconds
@@ -202,6 +189,7 @@ def train_step(
     metrics = {
         "reward": sampled.reward,
         "accuracy": sampled.accuracy,
+        **_named_terms(sampled.terms),
         "coefficient": measured.coefficient,
         "severity_scale": measured.severity_scale,
         **measured.diagnostics._asdict(),
@@ -219,104 +207,17 @@ def train_step(
     return state, copy, {name: float(value) for name, value in metrics.items()}, sampled
 
 
+def _named_terms(terms: dict[str, float]) -> dict[str, float]:
+    """Metrics of the terms of a reward; none where there is only one, which is the reward."""
+    return {f"reward/{x}": value for x, value in terms.items()} if len(terms) > 1 else {}
+
+
 def _throughput(run: Run, sampled: Sampled, clock: dict[str, float], reference):
     c = run.config.grpo
     scores = 1 + (reference is not None) + (not run.policy.recorded)
     work = throughput.work_of(run.policy, scores=scores, epochs=c.inner_epochs)
     return throughput.measure(
         work, sampled.rollout, sampled.count, c.group_size, clock, run.programs.mesh
-    )
-
-
-def sample_groups(run: Run, copy, key, iterator, reward_fn, phases: Phases) -> Sampled:
-    """Rollouts of `grpo.prompts` groups with their rewards.
-
-    With dynamic sampling, groups without reward variance are replaced by groups of further
-    prompts, for some rounds; what is still missing then is filled with such groups.
-    """
-    c = run.config.grpo
-    rounds: list[Sampled] = []
-    kept = 0
-    for i in range(c.dynamic_sampling_rounds if c.dynamic_sampling else 1):
-        of_round = jax.random.fold_in(key, i)
-        rounds.append(_sample_round(run, copy, of_round, iterator, reward_fn, phases))
-        kept += int(grpo.informative_groups(rounds[-1].rewards, c.group_size).sum())
-        if kept >= c.prompts:
-            break
-    if len(rounds) == 1:
-        return rounds[0]
-    return select_groups(rounds, c.group_size, c.prompts)
-
-
-def _sample_round(run: Run, copy, key, iterator, reward_fn, phases: Phases) -> Sampled:
-    c = run.config.grpo
-    posed, own_prompts = distributed.together(_pose, run, iterator)
-    prompts = distributed.gather(own_prompts)
-    keys = jax.random.split(key, len(prompts[0]) * c.group_size)
-    began = time.perf_counter()
-    rollout = run.programs.rollout(copy, *prompts, keys, between=phases.leave_if_told)
-    seconds = time.perf_counter() - began
-    own = distributed.share(len(keys))
-    examples = [example for example in posed for _ in range(c.group_size)]
-    completions = run.prompter.completions(jax.tree.map(lambda x: x[own], rollout))
-    judge = functools.partial(_judge, run, reward_fn, completions, examples)
-    began = time.perf_counter()
-    rewards, scores = distributed.gather(distributed.together(judge))
-    reward_seconds = time.perf_counter() - began
-    return Sampled(
-        rollout,
-        _among(examples, own, len(keys)),
-        _among(completions, own, len(keys)),
-        rewards,
-        reward=float(rewards.mean()),
-        accuracy=float(scores.mean()),
-        informative=float(grpo.informative_groups(rewards, c.group_size).mean()),
-        count=int(np.asarray(rollout.mask).sum()),
-        seconds=seconds,
-        reward_seconds=reward_seconds,
-    )
-
-
-def _pose(run: Run, iterator) -> tuple[list[dict], tuple[np.ndarray, np.ndarray]]:
-    """The next problems that this process poses, and their prompts."""
-    posed = next(iterator)
-    return posed, run.prompter.prompts(posed)
-
-
-def _judge(run: Run, reward_fn, completions, examples) -> tuple[np.ndarray, np.ndarray]:
-    """Rewards and scores [B] float32 of this process's own completions."""
-    rewards = checked_rewards(reward_fn(completions, examples), len(examples))
-    return rewards, np.asarray(run.prompter.task.score(completions, examples), np.float32)
-
-
-def _among(own: list, rows: slice, total: int) -> list:
-    """A list of `total` entries with this process's own at their rows, and None elsewhere."""
-    return [None] * rows.start + own + [None] * (total - rows.stop)
-
-
-def select_groups(rounds: list[Sampled], group_size: int, groups: int) -> Sampled:
-    """`groups` groups of several rounds: those whose rewards differ, in order, then others."""
-    rewards = np.concatenate([r.rewards for r in rounds])
-    useful = grpo.informative_groups(rewards, group_size)
-    order = np.argsort(~useful, kind="stable")[:groups]
-    rows = (order[:, None] * group_size + np.arange(group_size)).ravel()
-    rollout = jax.tree.map(
-        lambda *parts: np.concatenate(parts)[rows],
-        *[r.rollout for r in rounds],
-    )
-    examples = [example for r in rounds for example in r.examples]
-    completions = [text for r in rounds for text in r.completions]
-    return Sampled(
-        rollout,
-        [examples[i] for i in rows],
-        [completions[i] for i in rows],
-        rewards[rows],
-        reward=float(rewards.mean()),
-        accuracy=float(np.mean([r.accuracy for r in rounds])),
-        informative=float(useful.mean()),
-        count=sum(r.count for r in rounds),
-        seconds=sum(r.seconds for r in rounds),
-        reward_seconds=sum(r.reward_seconds for r in rounds),
     )
 
 

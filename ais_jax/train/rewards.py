@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import signal
@@ -16,9 +17,8 @@ import numpy as np
 
 from ais_jax import distributed
 from ais_jax.errors import UserError
+from ais_jax.tasks.rewards import Composition, Judged, RewardFn
 from ais_jax.train.phases import Phases
-
-RewardFn = Callable[[Sequence[str], Sequence[dict]], np.ndarray]
 
 _MOST_HANGS = 8  # rows of a batch; each costs the whole timeout
 _MOST_WARNINGS = 5
@@ -36,7 +36,7 @@ class _Hung(BaseException):
 class Rewarder:
     """Rewards of completions, as a context manager.
 
-    A task's reward, or any function named as "module:name", is computed by a process of its own. It
+    A composition, or any function named as "module:name", is computed by a process of its own. It
     never imports jax, and is killed and started again where it hangs. A function object cannot be
     sent there: it runs here, and an alarm ends it, if this is the main thread and the function runs
     Python (the alarm waits for other code to return).
@@ -46,7 +46,7 @@ class Rewarder:
 
     def __init__(
         self,
-        function: RewardFn | str,
+        function: RewardFn | str | Composition,
         group_size: int,
         timeout: float,
         phases: Phases,
@@ -55,7 +55,8 @@ class Rewarder:
         """Prepares; nothing is started yet.
 
         Args:
-          function: (completions, examples) -> float rewards [B], or the name of such a function.
+          function: (completions, examples) -> float rewards [B], the name of such a function, or
+            a composition, which gives columns [B, K].
           group_size: completions of the same prompt, in consecutive rows.
           timeout: seconds that a call may take.
           phases: told while rewards are computed.
@@ -63,7 +64,8 @@ class Rewarder:
         """
         self._group_size, self._timeout = group_size, timeout
         self._phases, self._warn = phases, warn
-        self._worker = _Worker(function) if isinstance(function, str) else None
+        named = isinstance(function, str | Composition)
+        self._worker = _Worker(function) if named else None  # type: ignore[arg-type]
         self._function = function
         self._warnings = self._failed = 0
 
@@ -81,8 +83,20 @@ class Rewarder:
         failed, self._failed = self._failed, 0
         return failed
 
+    def judge(
+        self, completions: Sequence[str], examples: Sequence[dict], score: RewardFn
+    ) -> Judged:
+        """Rewards, scores and terms; `score` is asked where the reward is not a composition.
+
+        Raises like a call.
+        """
+        found = self(completions, examples)
+        if isinstance(self._function, Composition):
+            return self._function.judged(found)
+        return Judged(found, np.asarray(score(completions, examples), np.float32), {})
+
     def __call__(self, completions: Sequence[str], examples: Sequence[dict]) -> np.ndarray:
-        """Rewards [B] float32. A row that failed has the mean of its group's others.
+        """Rewards [B] or columns [B, K] float32. A row that failed has its group's mean.
 
         Its advantage then is 0 but for rounding, and the mean of its group is that of the others.
 
@@ -113,8 +127,8 @@ class Rewarder:
         return fill(rewards, np.isin(np.arange(len(rewards)), list(errors)), self._group_size)
 
     def _row_by_row(self, completions, examples) -> tuple[np.ndarray, dict[int, str]]:
-        """Rewards [B], 0 where there is none, and why there is none by row."""
-        rewards = np.zeros(len(completions), np.float32)
+        """Rewards [B] or [B, K], 0 where there is none, and why there is none by row."""
+        rewards = np.zeros((len(completions), *self._columns), np.float32)
         errors: dict[int, str] = {}
         hangs = 0
         for row, (completion, example) in enumerate(zip(completions, examples, strict=True)):
@@ -131,7 +145,7 @@ class Rewarder:
         return rewards, errors
 
     def _call(self, completions, examples) -> np.ndarray:
-        """Rewards [B] float32 of a function that answers; `_Failed` otherwise, of `_Hung` if so."""
+        """What a function answers, float32; `_Failed` if it does not, of `_Hung` if time is up."""
         try:
             rewards: Any
             if self._worker is not None:
@@ -147,7 +161,16 @@ class Rewarder:
             if self._worker is not None:
                 raise
             raise _Failed(f"{type(error).__name__}: {error}") from error
+        if isinstance(self._function, Composition):
+            names = [name for name, _ in self._function.terms]
+            _check_finite(rewards := np.array(rewards, np.float32), [*names, "the task's score"])
+            return rewards
         return checked_rewards(rewards, len(completions))
+
+    @property
+    def _columns(self) -> tuple[int, ...]:
+        function = self._function
+        return (len(function.terms) + 1,) if isinstance(function, Composition) else ()
 
     def _say(self, text: str) -> None:
         self._warnings += 1
@@ -159,8 +182,9 @@ class Rewarder:
 class _Worker:
     """The process of `ais_jax.reward_worker` and how it is spoken to."""
 
-    def __init__(self, function: str):
-        self._function = function
+    def __init__(self, function: str | Composition):
+        self._reward = function if isinstance(function, str) else dataclasses.astuple(function)
+        self._name = self._reward if isinstance(self._reward, str) else "rewards"
         self._process: subprocess.Popen | None = None
 
     def check(self) -> None:
@@ -169,7 +193,7 @@ class _Worker:
             self._ask({}, _STARTUP_SECONDS)
         except (_Hung, _Failed) as error:
             raise UserError(
-                f"the process that computes rewards by {self._function} does not start: "
+                f"the process that computes {self._name} does not start: "
                 f"{error or 'it takes too long'}"
             ) from error
 
@@ -192,7 +216,7 @@ class _Worker:
         timer = threading.Timer(timeout, kill)
         timer.daemon = True
         timer.start()
-        line = json.dumps({"function": self._function, **request})
+        line = json.dumps({"reward": self._reward, **request})
         try:
             process.stdin.write(line + "\n")
             process.stdin.flush()
@@ -268,16 +292,16 @@ def _alarm(seconds: float) -> Iterator[None]:
 
 
 def fill(rewards: np.ndarray, failed: np.ndarray, group_size: int) -> np.ndarray:
-    """Rewards [B] with the mean of its group's others in each row of `failed` [B] bool.
+    """Rewards [B] or [B, K] with its group's others' mean in each row of `failed` [B] bool.
 
     0 where a whole group has failed.
     """
-    filled = rewards.reshape(-1, group_size).copy()
+    filled = rewards.reshape(-1, group_size, *rewards.shape[1:]).copy()
     for group, lost in zip(filled, failed.reshape(-1, group_size), strict=True):
         others = group[~lost]
         # Clipped, since the mean of equal numbers may differ from them in the last bit.
-        group[lost] = np.clip(others.mean(), others.min(), others.max()) if others.size else 0
-    return filled.reshape(-1)
+        group[lost] = np.clip(others.mean(0), others.min(0), others.max(0)) if others.size else 0
+    return filled.reshape(rewards.shape)
 
 
 def checked_rewards(rewards, count: int) -> np.ndarray:
@@ -293,7 +317,13 @@ def checked_rewards(rewards, count: int) -> np.ndarray:
         raise UserError(f"{expected} ({error})") from error
     if array.shape != (count,):
         raise UserError(f"{expected}; it returned shape {array.shape}")
-    if not np.isfinite(array).all():
-        row = int(np.flatnonzero(~np.isfinite(array))[0])
-        raise UserError(f"the reward function returned {array[row]} for completion {row}")
+    _check_finite(array[:, None], ["the reward function"])
     return array
+
+
+def _check_finite(columns: np.ndarray, names: Sequence[str]) -> None:
+    """Raises UserError for the first number of [B, K] that is none, with the name of its column."""
+    wrong = np.argwhere(~np.isfinite(columns))
+    if len(wrong):
+        row, column = wrong[0]
+        raise UserError(f"{names[column]} returned {columns[row, column]} for completion {row}")

@@ -17,7 +17,7 @@ from ais_jax import distributed, report, settings
 from ais_jax import mesh as mesh_lib
 from ais_jax.config import Config
 from ais_jax.errors import UserError
-from ais_jax.evaluate import build_evaluator
+from ais_jax.evaluation.accuracy import build_evaluator
 from ais_jax.models import Params
 from ais_jax.train import checkpoint, data, tracking
 from ais_jax.train.display import console, final_table, warn
@@ -41,8 +41,8 @@ def train(
     Args:
       config: the whole run; see `ais_jax.config.load`.
       reward_fn: (completions, examples) -> float rewards [B], or "module:name" of such a function,
-        which then runs in a process of its own; None takes the task's own. Examples are the task's
-        dicts. What happens where it fails: see `ais_jax.train.rewards.Rewarder`.
+        which then runs in a process of its own; None takes `config.rewards`. Examples are the
+        task's dicts. What happens where it fails: see `ais_jax.train.rewards.Rewarder`.
       name: begins the folder's name where `config.output_dir` is not set.
       resume: go on from the newest checkpoint in `config.output_dir`. False begins again, and
         renames a run that is there.
@@ -57,11 +57,12 @@ def train(
     began = time.perf_counter()
     directory = pathlib.Path(distributed.agreed(str(_directory(config, name))))
     run, examples, dropped = distributed.together(_prepare, config, directory)
+    reward = config.composition if reward_fn is None else reward_fn
     named = reward_fn if reward_fn is None or isinstance(reward_fn, str) else "a function"
     _check_equal(config, examples, resume, named)
     phases = Phases()
     rewarder = Rewarder(
-        reward_fn or f"{run.prompter.task.__name__}:reward",
+        reward,
         config.grpo.group_size,
         config.train.reward_timeout,
         phases,

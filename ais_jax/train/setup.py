@@ -20,7 +20,7 @@ from ais_jax.models.tokenizers import CharTokenizer, TextTokenizer, Tokenizer, c
 from ais_jax.recipes import choose_recipe
 from ais_jax.sampling import Policy, SamplingConfig, sampling_config
 from ais_jax.sampling.prompts import Prompter
-from ais_jax.tasks.common import find_shared
+from ais_jax.tasks.common import locate
 from ais_jax.train.optimizer import grpo_optimizer, learning_rate_schedule
 from ais_jax.train.programs import Programs, build_programs
 
@@ -170,7 +170,7 @@ def _prompter(config: Config, task, tokenizer: Tokenizer, mask_id: int | None) -
         config.rollout.max_prompt_tokens,
         config.rollout.max_new_tokens,
         style=style,
-        chat=template and style == "instruct",
+        chat=template and style != "compact",
         enable_thinking=config.task.enable_thinking,
         system=config.task.system,
         mask_id=mask_id,
@@ -226,7 +226,7 @@ def build_examples(config: Config) -> Examples:
     task, c = tasks.get_task(config.task.name), config.task
     real: list[dict] = []
     if c.eval_file is not None:
-        path = find_shared(c.eval_file)
+        path = locate(c.eval_file)
         real = task.load(path) if path else []
     exclude = {task.key(example) for example in real}
     train = task.generate(c.train_examples, c.seed, "train", c.options, exclude)

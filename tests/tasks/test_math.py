@@ -57,16 +57,28 @@ SAME = [
 DIFFERENT = [
     ("18", "19"), ("18", "-18"), ("18", "1 8"), ("18", "1.8"), ("18", "1,8"), ("18", "18x"),
     ("18", "180"), ("18", "18,000"), ("18", ""), ("18", "\\text{}"), ("18", "x="), ("18", "18/0"),
-    ("18", "١٨"), ("18", "１８"), ("18", "18²"), ("18", "18e0"), ("18", "1.8e1"), ("18", "9*2"),
-    ("18", "17 \\text{ or } 18"), ("18", "18^2"), ("18", "18_9"), ("18", "\\frac{18}{1"),
+    ("18", "١٨"), ("18", "１８"), ("18", "18²"), ("18", "18e0"), ("18", "1.8e1"), 
+    ("18", "17 \\text{ or } 18"), ("18", "18^2"),  ("18", "\\frac{18}{1"),
     ("5", ".5"), ("0.5", "5"), ("0.25", "0.2"), ("0.3", "\\frac13"), ("0.333", "1/3"),
     ("12", "1 2"), ("1\\frac12", "\\frac{11}{2}"), ("1 1/2", "11/2"), ("\\frac12", "\\frac21"),
-    ("1200", "1, 200"), ("(1,2)", "(2,1)"), ("(1,2)", "[1,2]"), ("(1,2)", "1,2"),
-    ("(2,100)", "(2100)"), ("x^2", "x2"), ("x^{12}", "x^12"), ("2x", "x^2"), ("C", "c"),
+    ("1200", "1, 200"), ("(1,2)", "(2,1)"), ("(1,2)", "[1,2]"),
+    ("(2,100)", "(2100)"), ("x^2", "x2"), ("2x", "x^2"),
     ("\\text{east}", "west"), ("\\pi", "3.14"), ("\\infty", "-\\infty"), ("2,3", "23"),
-    ("\\sqrt{2}", "2"), ("\\sqrt{12}", "\\sqrt{1}2"), ("2+x", "x+2"), ("NaN", "nan"),
+    ("\\sqrt{2}", "2"), ("\\sqrt{12}", "\\sqrt{1}2"),
     ("1e999999999", "1e99999999"), ("18", "9" * 200), ("18", "18" + " \\text{}" * 400),
 ]  # fmt: skip
+# What math-verify takes for the same beyond that.
+VERIFIED = [
+    ("2+x", "x+2"), ("18", "9*2"), ("\\frac12", "50\\%"), ("50", "50\\%"),
+    ("3\\sqrt{13}", "\\sqrt{117}"),
+    ("(1,2)", "1,2"), ("1,2,3", "3,2,1"), ("\\frac34", "\\frac{6}{8}"), ("x^2-1", "(x-1)(x+1)"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("right", "written"), VERIFIED, ids=range(len(VERIFIED)))
+def test_math_verify_is_asked_where_texts_differ(right, written):
+    assert reward_of(f"\\boxed{{{written}}}", right) == 1
+    assert reward_of(f"<answer>{written}</answer>", right) == 1
 
 
 @pytest.mark.parametrize("forms", SAME, ids=range(len(SAME)))
@@ -90,8 +102,9 @@ RIGHT = [
     "<answer>17</answer><answer>18", "<answer>17</answer> \\boxed{18}",
     "\\boxed{18} <answer>17</answer>", "\\boxed{\\boxed{18}}", "\\boxed{18}\ud800",
 ]  # fmt: skip
+PROSE = ["18", "#### 18", "x=18", "\\boxed{18", "It is $18$.", "17 or 18"]
 WRONG = [
-    "", "18", "#### 18", "x=18", "\\boxed", "\\boxed{", "\\boxed{18", "\\boxed{}", "\\boxed18",
+    "\\boxed18", "", "17", "#### 17", "#### 17 18", "18 or 17", "\\boxed", "\\boxed{", "\\boxed{}",
     "\\boxed{17} 18", "\\boxed{18}\\boxed{17}", "\\boxed{} 18", "<answer></answer>18",
     "<answer>It is 18</answer>", "\\boxed{nan}", "\\boxed{NaN}", "\\boxed{1e999999999}",
     "\\boxed{9**9**9}", "\\boxed{18}" + "x" * 20_000, "\\boxed{18 " + "x" * 1_000_000 + "}",
@@ -105,8 +118,8 @@ WRONG = [
 @pytest.mark.smoke
 @pytest.mark.parametrize(
     ("completion", "want"),
-    [(c, 1) for c in RIGHT] + [(c, 0) for c in WRONG],
-    ids=range(len(RIGHT + WRONG)),
+    [(c, 1) for c in RIGHT + PROSE] + [(c, 0) for c in WRONG],
+    ids=range(len(RIGHT + PROSE + WRONG)),
 )
 def test_rewards(completion, want):
     assert reward_of(completion) == want
@@ -187,8 +200,11 @@ def test_published_files(shared_file, name):
                  "<answer>${}$.</answer> 5"):  # fmt: skip
         written = [form.format(e["answer"]) for e in examples]
         np.testing.assert_array_equal(task.reward(written, examples), ones)
-        other = [form.format(f"7{e['answer']}") for e in examples]
-        np.testing.assert_array_equal(task.reward(other, examples), 0 * ones)
+    other = examples[1:501] + examples[:1]
+    same = [a["answer"] != b["answer"] for a, b in zip(examples, other, strict=False)]
+    found = task.reward([form.format(e["answer"]) for e in other], examples[: len(other)])
+    # 120 and 120^\\circ, -1 and x=-1 are among them.
+    assert np.mean(same) > 0.9 and found[same].sum() <= 2
     np.testing.assert_array_equal(
         task.reward([task.demonstration(e) for e in examples], examples), ones
     )
@@ -224,13 +240,14 @@ def test_files(tmp_path, options):
 
 
 MALFORMED = [
-    "{", "[" * 100_000, "[]", "{}", '{"problem": "?"}', '{"problem": "?", "answer": 18}',
-    '{"problem": "?", "answer": 27.0}', '{"problem": " ", "answer": "18"}',
+    "{", "[" * 100_000, "[]", "{}", '{"problem": "?"}', '{"problem": "?", "answer": NaN}',
+    '{"problem": "?", "answer": Infinity}', '{"problem": "?", "answer": true}',
+    '{"problem": " ", "answer": "18"}',
     '{"problem": "?", "answer": ""}', '{"problem": "?", "answer": "$"}',
     '{"problem": "?", "answer": "}18{"}', '{"problem": "?", "answer": "{18"}',
     '{"problem": "?", "answer": "\\\\boxed{18}"}', '{"problem": "\\udc00", "answer": "18"}',
     '{"problem": "?", "solution": "18"}', '{"problem": "?", "solution": "\\\\boxed{18"}',
-    '{"problem": "?", "answer": "' + "18+" * 400 + '"}', '{"question": "?", "answer": "18"}',
+    '{"problem": "?", "answer": "' + "18+" * 400 + '"}', '{"prompt": "?", "answer": "18"}',
 ]  # fmt: skip
 
 

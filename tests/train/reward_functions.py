@@ -61,4 +61,8 @@ def one(completions, examples):
     return [1.0]
 
 
+def nan(completions, examples):
+    return [0.0] + [float("nan")] * (len(completions) - 1)
+
+
 NOT_A_FUNCTION = 3

@@ -7,7 +7,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from ais_jax.train.grpo import group_advantages, informative_groups
+from ais_jax.train.grpo import (
+    completion_lengths,
+    group_advantages,
+    informative_groups,
+    overlong_penalty,
+)
 
 
 def oracle(rewards, size, kind):
@@ -59,3 +64,19 @@ def test_bad_input():
         group_advantages(np.zeros(6, np.float32), 4)
     with pytest.raises(ValueError, match="'mad'"):
         group_advantages(np.zeros(6, np.float32), 3, "mad")
+
+
+def test_a_completion_is_as_long_as_its_first_end_token_says():
+    tokens = np.array([[5, 6, 1, 0], [5, 1, 7, 1], [5, 6, 7, 8], [1, 0, 0, 0], [2, 5, 5, 5]])
+    mask = np.array([[1, 1, 1, 0], [1, 1, 1, 1], [1, 1, 1, 1], [1, 0, 0, 0], [1, 1, 0, 0]], bool)
+    np.testing.assert_array_equal(completion_lengths(tokens, mask, (1,)), [3, 2, 4, 1, 2])
+    np.testing.assert_array_equal(completion_lengths(tokens, mask, (1, 2)), [3, 2, 4, 1, 1])
+
+
+def test_long_completions_are_penalized_in_a_line():
+    """DAPO's example: 20,480 tokens with a buffer of 4,096 (arXiv 2503.14476)."""
+    lengths = np.array([1, 16384, 16385, 18432, 20479, 20480])
+    expected = [0, 0, -1 / 4096, -0.5, -4095 / 4096, -1]
+    found = overlong_penalty(lengths, 20480, 4096)
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+    assert found.dtype == np.float32

@@ -13,6 +13,7 @@ from processes import alive, gone
 
 from ais_jax.errors import UserError
 from ais_jax.tasks import countdown
+from ais_jax.tasks.rewards import Composition
 from ais_jax.train.grpo import group_advantages
 from ais_jax.train.phases import Phases
 from ais_jax.train.rewards import Rewarder, fill
@@ -191,3 +192,48 @@ os._exit(0)
         assert alive(worker)
         process.stdin.write(b"x")
     gone(worker)
+
+
+def test_a_composition_is_computed_in_a_process_of_its_own(rewarder):
+    examples = countdown.generate(4, 0)
+    texts = [countdown.demonstration(example) for example in examples]
+    texts[1] = "1+1"
+    weights = (("correct", 1.0), ("format", 0.5), ("reward_functions:length", 0.25))
+    judged = rewarder(Composition("countdown", weights)).judge(texts, examples, None)
+    np.testing.assert_array_equal(judged.scores, [1, 0, 1, 1])
+    np.testing.assert_array_equal(judged.terms["format"], np.zeros(4))  # nothing is marked
+    np.testing.assert_array_equal(judged.terms["reward_functions:length"], list(map(len, texts)))
+    np.testing.assert_allclose(
+        judged.rewards, judged.scores + 0.25 * np.array(list(map(len, texts)), np.float32)
+    )
+
+
+def test_a_function_has_no_terms_but_scores(rewarder):
+    judged = rewarder(reward_functions.length).judge(["1", "22"], [{}] * 2, lambda c, e: [0.0, 1.0])
+    np.testing.assert_array_equal(judged.rewards, [1, 2])
+    np.testing.assert_array_equal(judged.scores, [0, 1])
+    assert judged.terms == {}
+
+
+def test_a_term_that_raises_costs_its_row_of_all_columns(rewarder):
+    weights = (("correct", 1.0), ("reward_functions:bad", 0.5))
+    made = rewarder(Composition("countdown", weights))
+    examples = [{"numbers": [1, 2, 3], "target": 6}] * 4
+    judged = made.judge(["1+2+3", "a", "raise", "1+2+3"], examples, None)
+    np.testing.assert_array_equal(judged.scores, [1, 0, 1, 1])  # the third has its group's mean
+    np.testing.assert_array_equal(judged.rewards, [2, 1, 2, 2])
+    assert made.take_failed() == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("reward_functions:absent", "no reward function correct, reward_functions:absent"),
+        ("reward_functions:one", "reward_functions:one must return 2 numbers"),
+        ("reward_functions:nan", "reward_functions:nan returned nan for completion 1"),
+    ],
+)
+def test_a_malformed_term_ends_the_run_with_its_name(rewarder, name, message):
+    with pytest.raises(UserError, match=message):
+        made = rewarder(Composition("countdown", (("correct", 1.0), (name, 1.0))))
+        made.judge(["1", "2"], [{"numbers": [1, 2, 3], "target": 6}] * 2, None)

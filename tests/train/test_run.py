@@ -18,7 +18,7 @@ from ais_jax.sampling import Rollout
 from ais_jax.sampling.prompts import Prompter
 from ais_jax.tasks import get_task
 from ais_jax.train import checkpoint, data, loop
-from ais_jax.train.loop import Sampled, select_groups
+from ais_jax.train.collect import Sampled, select_groups
 from ais_jax.train.metrics import read_metrics
 from ais_jax.train.setup import build_examples
 from ais_jax.train.warmup import fingerprint
@@ -272,6 +272,34 @@ def test_a_users_reward_is_what_is_learned(job):
     assert last > first + 1
 
 
+def test_rewards_are_composed_and_each_is_recorded(job):
+    make, folder = job
+    config = make(
+        **{
+            "train.steps": 2,
+            "rewards": {"correct": 1.0, "format": 0.5, "d1": 0.25},
+            "grpo.overlong_buffer": 10,
+            "grpo.overlong_penalty": 0.1,
+        }
+    )
+    ais_jax.train(config)
+    for row in metrics_of(folder / "run"):
+        assert row["reward/correct"] == pytest.approx(row["accuracy"])
+        assert row["reward/overlong"] < 0
+        assert row["reward/format"] == 0  # nothing is marked in the compact style
+        total = row["reward/correct"] + 0.1 * row["reward/overlong"]
+        total += 0.25 * row["reward/d1/equation"]
+        assert row["reward"] == pytest.approx(total, abs=1e-6)
+
+
+def test_a_task_without_other_terms_records_the_reward_alone(job):
+    make, folder = job
+    ais_jax.train(make(**{"train.steps": 1}))
+    (row,) = metrics_of(folder / "run")
+    assert not [name for name in row if name.startswith("reward/")]
+    assert row["reward"] == pytest.approx(row["accuracy"])
+
+
 @pytest.mark.parametrize(
     ("returned", "message"),
     [
@@ -419,7 +447,8 @@ def test_groups_that_differ_are_selected_row_by_row():
         rollout = Rollout(ids[:, None], mask, ids[:, None] * 10, mask, ids[:, None] / 2, mask[:, 0])
         texts = [str(i) for i in ids]
         rewards = np.array(rewards, np.float32)
-        return Sampled(rollout, [{"i": i} for i in ids], texts, rewards, 0, 0, 0, 12, 0.5, 0.25)
+        examples, terms = [{"i": i} for i in ids], {"format": float(first)}
+        return Sampled(rollout, examples, texts, rewards, 0, 0, 0, 12, 0.5, 0.25, terms)
 
     rounds = [sampled(0, [1, 1, 0, 1]), sampled(4, [2, 2, 3, 0])]
     chosen = select_groups(rounds, group_size=2, groups=3)

@@ -1,0 +1,133 @@
+"""Whether an answer is a gold answer in another form, as math-verify finds in another process."""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Sequence
+
+import numpy as np
+
+from ais_jax.errors import UserError
+
+TIMEOUT = 5.0
+"""Seconds that a comparison may take; after that the answer is wrong."""
+
+MAX_LENGTH = 1000
+"""Characters of an answer that is read at all."""
+
+_STARTUP = 120.0  # seconds to import sympy on a busy machine
+_REMEMBERED = 100_000
+
+
+def equal(golds: Sequence[str], answers: Sequence[str | None]) -> np.ndarray:
+    """Whether math-verify takes each answer for its gold answer: `verify(gold, answer)`.
+
+    Both are put into \\boxed{} first. An answer that is None, blank or longer than 1000 characters
+    is wrong, and so is one that takes longer than `TIMEOUT` or more than 2 GiB. Equal pairs are
+    compared once, since the samples of a problem repeat their answers.
+
+    Args:
+      golds: B right answers.
+      answers: B answers, as a model gave them.
+
+    Returns:
+      [B] bool.
+
+    Raises:
+      ValueError: the lengths differ.
+      UserError: math-verify cannot be started.
+    """
+    if len(golds) != len(answers):
+        raise ValueError(f"{len(answers)} answers for {len(golds)} golds; they must pair up")
+    return np.array([_equal(g, a) for g, a in zip(golds, answers, strict=True)], bool)
+
+
+def _equal(gold: str, answer: str | None) -> bool:
+    if answer is None or not answer.strip() or len(answer) > MAX_LENGTH:
+        return False
+    with _lock:
+        pair = (gold, answer)
+        if pair not in _known:
+            if len(_known) >= _REMEMBERED:
+                _known.clear()
+            _known[pair] = _process.compare(gold, answer)
+        return _known[pair]
+
+
+class _Process:
+    """The process of `ais_jax.verify_worker`, started at first use."""
+
+    def __init__(self):
+        self._process: subprocess.Popen | None = None
+
+    def compare(self, gold: str, answer: str) -> bool:
+        if self._process is None:
+            self._start()
+        # Where the process has died, it has done so over this pair.
+        return self._ask([gold, answer], TIMEOUT) or False
+
+    def _start(self) -> None:
+        paths = [path or os.getcwd() for path in sys.path]
+        changes = {"PYTHONPATH": os.pathsep.join(paths), "JAX_PLATFORMS": "cpu"}
+        # Of the same group of processes: who ends its user's group, ends it too.
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "ais_jax.verify_worker", str(os.getpid())],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            env={**os.environ, **changes},
+            encoding="ascii",
+        )
+        if not self._ask(None, _STARTUP):
+            raise UserError(
+                "math-verify, which compares answers, does not start: see what `python -m "
+                f"ais_jax.verify_worker {os.getpid()}` says; it needs the package math-verify"
+            )
+
+    def _ask(self, request: list | None, timeout: float) -> bool | None:
+        """The next answer; None where there is none in time, and the process is gone."""
+        process = self._process
+        assert process is not None and process.stdin is not None and process.stdout is not None
+        timer = threading.Timer(timeout, process.kill)
+        timer.daemon = True
+        timer.start()
+        try:
+            if request is not None:
+                process.stdin.write(json.dumps(request) + "\n")
+                process.stdin.flush()
+            line = process.stdout.readline()
+        except BrokenPipeError:
+            line = ""
+        finally:
+            timer.cancel()
+        if line.endswith("\n"):
+            return json.loads(line)
+        self.close()
+        return None
+
+    def close(self) -> None:
+        process, self._process = self._process, None
+        if process is not None:
+            process.kill()
+            process.wait()
+            for pipe in (process.stdin, process.stdout):
+                with contextlib.suppress(BrokenPipeError):
+                    pipe.close()  # type: ignore[union-attr]
+
+
+def close() -> None:
+    """Ends the process, if there is one; a further comparison starts another."""
+    with _lock:
+        _process.close()
+
+
+_lock = threading.Lock()
+_known: dict[tuple[str, str], bool] = {}
+_process = _Process()
+atexit.register(close)
