@@ -51,10 +51,8 @@ BENCHMARKS = {
         "data/amc/amc83_understand_r1_zero.jsonl",
         "hf:AI-MO/aimo-validation-amc:train",
     ),
-    "amc23": Benchmark("AMC 23", "amc", "data/amc/amc23_test.jsonl", "hf:math-ai/amc23:test"),
-    "aime25": Benchmark(
-        "AIME25", "aime25", "data/aime/aime25_test.jsonl", "hf:math-ai/aime25:test"
-    ),
+    "amc23": Benchmark("AMC 23", "amc", "data/amc/amc23_test.jsonl"),
+    "aime25": Benchmark("AIME25", "aime25", "data/aime/aime25_test.jsonl"),
     "aime24": Benchmark(
         "AIME24", "aime25", "data/aime/aime24_test.jsonl", "hf:HuggingFaceH4/aime_2024:train"
     ),

@@ -53,8 +53,8 @@ class FileOptions:
 
     path: str | None = option(
         None,
-        "file of training problems (JSON lines, CSV, Parquet), as it stands or under $AIS_SHARED; or "
-        "hf:NAME[:CONFIG]:SPLIT of the Hugging Face hub",
+        "file of training problems (JSON lines, CSV, Parquet), as it stands or under $AIS_SHARED, "
+        "or hf:NAME[:CONFIG]:SPLIT of the Hugging Face hub",
     )
 
 

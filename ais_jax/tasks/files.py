@@ -1,4 +1,4 @@
-"""Problems row by row: files of JSON lines, CSV and Parquet, and datasets of the Hugging Face hub."""
+"""Problems row by row: of JSON lines, CSV and Parquet files, and of the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -124,18 +124,19 @@ def _hub(source: str, expected: str) -> Iterator[tuple[int, dict[str, Any]]]:
     except Exception as error:  # of the network, of the hub, of a file there
         problem = str(error).strip().split("\n")[0] or type(error).__name__
         raise UserError(
-            f"{source} cannot be read: {problem}; without a network, download its file and name that"
+            f"{source} cannot be read: {problem}; without a network, name a downloaded file"
         ) from None
 
 
-def _csv(path: str | os.PathLike, expected: str) -> Iterator[tuple[int, dict[str, Any]]]:
+def _csv(path: str | os.PathLike, expected: str) -> Iterator[tuple[int, Any]]:
     """(number of the last line, texts by column) of the rows that are not blank."""
     lines = csv.reader(io.StringIO(read_text(path, f"a CSV file with {expected}"), newline=""))
     try:
         header = next(lines, [])
         for row in lines:
             if row:
-                yield lines.line_num, dict(itertools.zip_longest(header, row))
+                whole = len(row) == len(header)
+                yield lines.line_num, dict(zip(header, row, strict=True)) if whole else row
     except csv.Error as error:
         raise line_error(path, lines.line_num, error, expected) from None
 

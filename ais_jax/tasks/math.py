@@ -200,7 +200,7 @@ def score(completions: Sequence[str], examples: Sequence[dict]) -> np.ndarray:
 
 
 def load(path: str | os.PathLike) -> list[dict]:
-    """Problems of a file of JSON lines, CSV or Parquet; the solution is read where there is no answer.
+    """Problems of a file of JSON lines, CSV or Parquet; where there is no answer, of the solution.
 
     Raises:
       UserError: the file cannot be read or a line is malformed.
@@ -214,7 +214,7 @@ def read_training(path: str | os.PathLike) -> files.Reading:
 
 
 def _read_row(row: dict) -> dict:
-    problem = files.text_of(row, "problem" if row.get("problem") else "question")
+    problem = files.text_of(row, "problem")
     answer = _answer_of(row).strip()
     if not _agree(common.marked(f"\\boxed{{{answer}}}"), answer):
         raise ValueError("an answer that no completion can give")

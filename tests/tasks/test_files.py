@@ -1,13 +1,15 @@
 """Files of training problems: what is left out, what is refused, JSON lines and Parquet alike."""
 
+import csv
 import json
 import logging
 import sys
+import types
 
 import pytest
 
 from ais_jax.errors import UserError
-from ais_jax.tasks import gsm8k, math
+from ais_jax.tasks import amc, arithmetic, countdown, gsm8k, math
 
 EXPECTED = "expected .*question"
 
@@ -100,3 +102,78 @@ def test_parquet_without_pyarrow_is_one_line(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(UserError, match=r"needs pyarrow; pip install 'ais-jax\[parquet\]'"):
         gsm8k.load(path)
+
+
+def test_csv_holds_the_same_problems(tmp_path):
+    path = tmp_path / "test.csv"
+    with path.open("w", newline="", encoding="utf-8-sig") as file:
+        writer = csv.DictWriter(file, ["level", "question", "answer"])
+        writer.writeheader()
+        writer.writerows({"level": "01", **row} for row in rows(30))
+        file.write('\r\n"Two\nlines, ""quoted""?",#### 1\r\n')
+    with pytest.raises(UserError, match=rf"test\.csv, line 34: .*{EXPECTED}"):
+        gsm8k.load(path)
+    text = path.read_bytes().replace(b'\r\n"Two', b'\r\n1,"Two')
+    path.write_bytes(text)
+    assert gsm8k.load(path) == [
+        *rows(30),
+        {"question": 'Two\nlines, "quoted"?', "answer": "#### 1"},
+    ]
+    path.write_text('question,answer\n"' + "x" * 200_000 + '",#### 1\n')
+    with pytest.raises(UserError, match=r"test\.csv, line 2: 'field larger"):
+        gsm8k.load(path)
+
+
+def test_every_task_reads_csv(tmp_path):
+    path = tmp_path / "problems.csv"
+    for task, text, example in (
+        (countdown, 'input,output\n"30,100,93",23', {"numbers": [30, 100, 93], "target": 23}),
+        (arithmetic, "problem,answer\n7*8,56", {"problem": "7*8", "answer": 56}),
+        (math, "problem,answer\nHalf of 1?,0.5", {"problem": "Half of 1?", "answer": "0.5"}),
+        (amc, "problem,answer\nHalf of 54?,27.0", {"problem": "Half of 54?", "answer": "27.0"}),
+    ):
+        path.write_text(text + "\n")
+        assert task.load(path) == [example]
+
+
+def test_countdown_takes_the_fields_of_the_hub(tmp_path):
+    path = tmp_path / "train.jsonl"
+    path.write_text('{"target": 23, "nums": [30, 100, 93]}\n')
+    assert countdown.load(path) == [{"numbers": [30, 100, 93], "target": 23}]
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """What a stand-in for the datasets library was asked for; it has one dataset."""
+    asked = []
+
+    def load_dataset(name, *config, split):
+        asked.append((name, *config, split))
+        if name != "openai/gsm8k":
+            raise ConnectionError("Couldn't reach the Hub\nafter 5 tries")
+        return rows(3)
+
+    module = types.ModuleType("datasets")
+    module.load_dataset = load_dataset
+    monkeypatch.setitem(sys.modules, "datasets", module)
+    return asked
+
+
+def test_a_dataset_of_the_hub_is_read_as_a_file_is(hub):
+    assert gsm8k.load("hf:openai/gsm8k:main:test") == rows(3)
+    assert gsm8k.load("hf:openai/gsm8k:test") == rows(3)
+    assert hub == [("openai/gsm8k", "main", "test"), ("openai/gsm8k", "test")]
+    options = gsm8k.Options(path="hf:openai/gsm8k:main:train")
+    found = gsm8k.generate(2, 0, options=options)
+    assert len(found) == 2 and all(example in rows(3) for example in found)
+
+
+def test_a_dataset_that_cannot_be_read_is_one_line(hub, monkeypatch):
+    with pytest.raises(UserError, match=r"hf:no/such:test cannot be read: Couldn't reach .*file"):
+        gsm8k.load("hf:no/such:test")
+    for source in ("hf:", "hf:name", "hf:a:b:c:d", "hf::test", "hf:name:"):
+        with pytest.raises(UserError, match=rf"{source} is no dataset: write hf:NAME:SPLIT"):
+            gsm8k.load(source)
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(UserError, match=r"hf:a:test needs datasets; pip install 'ais-jax\[hub\]'"):
+        gsm8k.load("hf:a:test")

@@ -309,9 +309,10 @@ def test_files_that_cannot_be_read(tmp_path):
         sudoku.load(tmp_path / "none.csv")
     path = tmp_path / "puzzles.csv"
     for text, message in (
-        ("", "line 1: ''; expected the header Puzzle,Solution"),
-        (f"{PUZZLE},{SOLUTION}\n", "line 1: .*expected the header Puzzle,Solution"),
-        ("Puzzle,Solution\n", "line 2: ''; expected"),
+        ("", "line 1: ''; expected Puzzle,Solution"),
+        (f"{PUZZLE},{SOLUTION}\n", "line 1: ''; expected Puzzle,Solution"),
+        (f"{PUZZLE},{SOLUTION}\n" * 2, "line 2: .*expected Puzzle,Solution"),
+        ("Puzzle,Solution\n", "line 1: ''; expected"),
     ):
         path.write_text(text, encoding="utf-8")
         with pytest.raises(UserError, match=message):

@@ -12,9 +12,10 @@ import pytest
 
 from ais_jax import tasks
 from ais_jax.errors import UserError
-from ais_jax.tasks import common
+from ais_jax.tasks import common, d1
 
 TEN_MEGABYTES = 10_000_000
+MATHS = ("math", "amc", "aime25")
 HOSTILE = [
     None,
     3,
@@ -47,7 +48,7 @@ def one_of_each(name: str) -> dict:
         "sudoku": {"puzzle": "3102200002100320", "solution": "3142243142131324"},
         "arithmetic": {"problem": "7*8", "answer": 56},
         "gsm8k": {"question": "How many is 9 x 2?", "answer": "It is 9*2=18.\n#### 18"},
-        "math": {"problem": "What is $9\\times 2$?", "answer": "18"},
+        **{x: {"problem": "What is $9\\times 2$?", "answer": "18"} for x in MATHS},
     }[name]
 
 
@@ -56,7 +57,7 @@ def options_of(name: str, folder):
     task = tasks.get_task(name)
     rows = {
         "gsm8k": lambda n: {"question": f"How many is {n} + 1?", "answer": f"#### {n + 1}"},
-        "math": lambda n: {"problem": f"What is ${n}x+x$?", "answer": f"{n + 1}x"},
+        **dict.fromkeys(MATHS, lambda n: {"problem": f"What is ${n}x+x$?", "answer": f"{n + 1}x"}),
     }
     if name not in rows:
         return task.Options()
@@ -82,7 +83,8 @@ def test_no_module_imports_jax():
 
 
 def test_modules_by_name():
-    assert tasks.TASKS == ("countdown", "sudoku", "arithmetic", "gsm8k", "math")
+    assert tasks.TASKS == ("countdown", "sudoku", "arithmetic", "gsm8k", "math", "amc", "aime25")
+    assert [tasks.name_of(tasks.get_task(name)) for name in tasks.TASKS] == list(tasks.TASKS)
     assert tasks.get_task("sudoku") is tasks.sudoku
     assert tasks.get_task("countdown") is tasks.countdown
     assert tasks.get_task("arithmetic") is tasks.arithmetic
@@ -242,16 +244,34 @@ def test_printable_text():
 
 
 def test_shared_files_are_found(tmp_path, monkeypatch):
+    assert common.locate("hf:openai/gsm8k:main:test") == "hf:openai/gsm8k:main:test"
     (tmp_path / "here").mkdir()
     (tmp_path / "shared" / "folder").mkdir(parents=True)
     (tmp_path / "shared" / "a.txt").touch()
     monkeypatch.chdir(tmp_path / "here")
     monkeypatch.delenv("AIS_SHARED", raising=False)
-    assert common.find_shared("a.txt").samefile(tmp_path / "shared" / "a.txt")
+    assert common.locate("a.txt").samefile(tmp_path / "shared" / "a.txt")
     monkeypatch.setenv("AIS_SHARED", str(tmp_path / "none"))
-    assert common.find_shared("a.txt") is None
+    assert common.locate("a.txt") is None
     monkeypatch.setenv("AIS_SHARED", str(tmp_path / "shared"))
-    assert common.find_shared("folder") is None
+    assert common.locate("folder") is None
     (tmp_path / "here" / "a.txt").touch()
-    assert common.find_shared("a.txt").samefile(tmp_path / "here" / "a.txt")
-    assert common.find_shared(str(tmp_path / "shared" / "a.txt")) == tmp_path / "shared" / "a.txt"
+    assert common.locate("a.txt").samefile(tmp_path / "here" / "a.txt")
+    assert common.locate(str(tmp_path / "shared" / "a.txt")) == tmp_path / "shared" / "a.txt"
+
+
+@pytest.mark.parametrize("name", tasks.TASKS)
+def test_problems_are_posed_in_every_style(name):
+    task, example = tasks.get_task(name), one_of_each(name)
+    for style in common.STYLES:
+        assert tasks.pose(task, example, style) == (task.prompt(example, style), "")
+    for style in ("d1", "d1_eval"):
+        if name in d1.TASKS:
+            text, reply = tasks.pose(task, example, style)
+            assert text == d1.prompt(name, example, evaluation=style == "d1_eval")
+            assert reply == ("<reasoning>" if style == "d1_eval" else "")
+        else:
+            with pytest.raises(ValueError, match=f"style='{style}' is for gsm8k, .*not {name}"):
+                tasks.pose(task, example, style)
+    with pytest.raises(ValueError, match="style='d2' is unknown"):
+        tasks.pose(task, example, "d2")
