@@ -90,8 +90,9 @@ def _forbid(event: str, args: tuple) -> None:
     if event in _STARTING:
         raise PermissionError(f"{event} has no place in a comparison")
     if event == "open":
-        path, mode, _ = args
-        reads = mode is None or not set(mode) & set("wax+")
+        path, mode, flags = args
+        writing = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
+        reads = not set(mode) & set("wax+") if mode else not (flags or 0) & writing
         known = isinstance(path, str) and os.path.realpath(path).startswith(_LIBRARIES)
         if not (reads and known):
             raise PermissionError(f"{path} has no place in a comparison")

@@ -146,6 +146,13 @@ def counts_of(benchmark: Benchmark, protocol: str) -> dict[str, Count]:
     return found
 
 
+def with_ends(texts: Sequence[str], truncated: Sequence[bool], protocol: str) -> list[str]:
+    """Completions as the protocol's scorer reads them: d1's looks for their end."""
+    if protocol != "d1":
+        return list(texts)
+    return [text if cut else text + d1.END for text, cut in zip(texts, truncated, strict=True)]
+
+
 def without_thinking(text: str, thinking: bool | None) -> str:
     """What a completion says after it has thought: all of it where thinking is off.
 

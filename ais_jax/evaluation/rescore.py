@@ -84,7 +84,14 @@ def _read(path: pathlib.Path, benchmark: Benchmark, data: str | None) -> list[tu
         problems = benchmarks.load_examples(benchmark, data, "own")
         key = tasks.get_task(benchmark.task).key
         by_key = {key(example): example for example in problems}
-        return [(row["completion"], _example(row, problems, by_key)) for row in rows]
+        return [
+            # The end is what d1's scorer looks for and others cut off.
+            (
+                row["completion"] + ("" if row.get("truncated") else d1.END),
+                _example(row, problems, by_key),
+            )
+            for row in rows
+        ]
     except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError):
         raise UserError(f"{path} is malformed; expected {_LAYOUTS}") from None
 

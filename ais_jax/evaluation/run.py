@@ -317,9 +317,11 @@ def _generate(
     texts = prompter.completions(rollout)[: len(pairs)]
     answered = [benchmarks.without_thinking(text, options.thinking) for text in texts]
     posed = posed[: len(pairs)]
-    counts = {name: count(answered, posed) for name, count in unit.measures.items()}
+    truncated = np.asarray(rollout.truncated)
+    read = benchmarks.with_ends(answered, truncated, loaded.protocol)
+    counts = {name: count(read, posed) for name, count in unit.measures.items()}
     extract = getattr(prompter.task, "extract", lambda text: None)
-    lengths, truncated = np.asarray(rollout.mask).sum(axis=1), np.asarray(rollout.truncated)
+    lengths = np.asarray(rollout.mask).sum(axis=1)
     return [
         Generation(
             index=index,

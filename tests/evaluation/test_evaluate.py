@@ -253,3 +253,23 @@ def test_what_is_no_generations_is_told(text, tmp_path, monkeypatch, shared_file
         rescore.rescore([str(path)], "gsm8k")
     with pytest.raises(UserError, match="absent"):
         rescore.rescore([str(tmp_path / "absent")], "gsm8k")
+
+
+def test_d1_is_shown_whether_a_completion_has_ended():
+    texts = benchmarks.with_ends(["a", "b"], [True, False], "d1")
+    assert texts == ["a", "b<|endoftext|>"]
+    assert benchmarks.with_ends(["a", "b"], [True, False], "own") == ["a", "b"]
+
+
+def test_generations_that_were_cut_are_scored_as_such(tmp_path):
+    example = {"puzzle": "3102200002100320", "solution": "3142243142131324"}
+    data = tmp_path / "puzzles.csv"
+    data.write_text(f"Puzzle,Solution\n{example['puzzle']},{example['solution']}\n")
+    path = tmp_path / "generations.jsonl"
+    row = {"index": 0, "completion": "<answer>31422431"}
+    for cut, want in ((False, 0.5), (True, 0.0)):
+        path.write_text(json.dumps({**row, "truncated": cut}) + "\n")
+        scored = {
+            x.scorer: x.estimate.value for x in rescore.rescore([str(path)], "sudoku", str(data))
+        }
+        assert scored == {"own, accuracy": 0, "own, cell accuracy": 0.5, "d1, cell accuracy": want}

@@ -1,0 +1,189 @@
+"""Comparison by math-verify in another process: what agrees, what hostile answers cannot do."""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import numpy as np
+import pytest
+from processes import alive, gone
+
+from ais_jax.tasks import verify
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Two seconds a comparison, and nothing remembered."""
+    monkeypatch.setattr(verify, "TIMEOUT", 2.0)
+    monkeypatch.setattr(verify, "_known", {})
+
+
+@pytest.mark.parametrize(
+    ("gold", "answer", "want"),
+    [
+        ("\\frac{1}{2}", "0.5", True),
+        ("\\frac{1}{2}", "1/2", True),
+        ("\\frac{1}{2}", "50\\%", True),
+        ("0.5", "\\frac12", True),
+        ("3\\sqrt{13}", "\\sqrt{117}", True),
+        ("x+2", "2+x", True),
+        ("(x-1)(x+1)", "x^2-1", True),
+        ("\\{1,2\\}", "\\{2,1\\}", True),
+        ("[1,2)", "[1,2)", True),
+        ("27", "27.0", True),
+        ("27", "28", False),
+        ("\\frac{1}{2}", "0.51", False),
+        ("[1,2)", "(1,2)", False),
+        ("x+2", "x+3", False),
+        ("\\text{east}", "west", False),
+        ("7", "", False),
+        ("7", " ", False),
+        ("7", None, False),
+        ("7", "7" + " " * 1000, False),
+    ],
+)
+def test_answers_are_compared(gold, answer, want):
+    assert verify.equal([gold], [answer]).tolist() == [want]
+
+
+HOSTILE = [
+    "9^{9^{9^{9}}}",
+    "10^{10^{10}}!",
+    "\\sqrt{" * 150,
+    "(" * 400,
+    "\\frac{" * 160,
+    "9" * 1000,
+    "(1+x)^{1000}",
+    "x^{x^{x}}" * 60,
+    "1" + "+1" * 450,
+    "__import__('os').system('touch touched')",
+    "open('touched','w')",
+    "{0.__class__.__mro__}",
+    "%s%s%n",
+    "\\input{/etc/passwd}",
+    "\\write18{touch touched}",
+    "٣",
+    "\x00",
+    "\u202e7\u202d",
+    "\\begin{matrix}" * 50,
+    "nan",
+    "\\infty",
+    "\\int_0^1 x^{x^x} dx",
+    "\\sum_{n=1}^{10^{100}} n",
+]
+
+
+def test_hostile_answers_are_wrong_and_leave_nothing_behind(quick, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    verify.close()  # the next one begins in this folder
+    found = verify.equal(["7"] * len(HOSTILE), HOSTILE)
+    assert not found.any(), [h for h, ok in zip(HOSTILE, found, strict=True) if ok]
+    assert verify.equal(["\\frac12"], ["0.5"]).tolist() == [True]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_takes_too_long_is_wrong_once(quick):
+    began = time.monotonic()
+    assert verify.equal(["7"] * 50, ["9^{9^{9^{9}}}"] * 50).sum() == 0
+    assert time.monotonic() - began < 25  # and not 50 times 2 s
+
+
+def test_it_works_in_threads(quick):
+    found = {}
+
+    def ask(i):
+        found[i] = verify.equal(["\\frac12", str(i)], ["0.5", "10"]).tolist()
+
+    threads = [threading.Thread(target=ask, args=(i,)) for i in (9, 10)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == {9: [True, False], 10: [True, True]}
+
+
+def test_a_dead_process_is_started_again(quick):
+    verify.equal(["\\frac12"], ["0.5"])
+    os.kill(verify._process._process.pid, signal.SIGKILL)
+    assert verify.equal(["7"], ["\\frac{14}{2}"]).tolist() == [False]  # it died over this one
+    assert verify.equal(["8"], ["\\frac{16}{2}"]).tolist() == [True]
+
+
+USER = """
+import sys, time
+from ais_jax.tasks import verify
+verify.equal(["7"], ["\\\\frac{14}{2}"])
+print(verify._process._process.pid, flush=True)
+time.sleep(300)
+"""
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_it_ends_with_its_user(how):
+    user = subprocess.Popen(
+        [sys.executable, "-c", USER], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    worker = int(user.stdout.readline())
+    assert alive(worker)
+    user.send_signal(how)
+    _, errors = user.communicate(timeout=60)
+    gone(worker)
+    assert "verify_worker" not in errors
+
+
+ASK = """
+import json, os, resource, sys
+from ais_jax import verify_worker
+verify_worker._limit()
+sys.addaudithook(verify_worker._forbid)
+found = {}
+for name, code in json.loads(sys.argv[1]).items():
+    try:
+        exec(code)
+        found[name] = "done"
+    except BaseException as error:
+        found[name] = type(error).__name__
+print(json.dumps(found))
+"""
+
+
+def test_the_process_has_little_memory_and_no_files(tmp_path):
+    tries = {
+        "memory": "bytearray(3 * 2**30)",
+        "little": "bytearray(2**20)",
+        "write": "open('touched', 'w')",
+        "descriptor": "os.open('touched', os.O_CREAT | os.O_WRONLY)",
+        "read": "open('/etc/passwd')",
+        "start": "os.system('true')",
+        "fork": "os.fork()",
+        "import": "import colorsys",
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", ASK, json.dumps(tries)],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(pathlib.Path(__file__).parents[2])},
+    )
+    assert json.loads(done.stdout) == {
+        "memory": "MemoryError",
+        "little": "done",
+        "write": "PermissionError",
+        "descriptor": "PermissionError",
+        "read": "PermissionError",
+        "start": "PermissionError",
+        "fork": "PermissionError",
+        "import": "done",
+    }, done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_lengths_must_agree():
+    with pytest.raises(ValueError, match="1 answers for 2 golds"):
+        verify.equal(["1", "2"], ["1"])
+    assert verify.equal([], []).dtype == np.bool_
