@@ -18,6 +18,26 @@ def test_shipped_configs_load(path):
     config_lib.load(path).check_devices(1)
 
 
+BENCHMARKS = {
+    "llada_8b": ("gsm8k", "math", "countdown", "sudoku"),
+    "qwen3_8b": ("gsm8k", "math", "amc", "aime25", "countdown", "sudoku"),
+    "qwen3_5_9b": ("gsm8k", "math", "amc", "aime25", "countdown", "sudoku"),
+}
+
+
+@pytest.mark.parametrize("model", BENCHMARKS)
+def test_every_model_has_a_config_for_each_of_its_benchmarks(model):
+    found = {path.stem: path for path in CONFIGS if path.stem.startswith(model)}
+    assert set(found) == {f"{model}_{task}" for task in BENCHMARKS[model]}
+    for name, path in found.items():
+        config, text = config_lib.load(path), path.read_text(encoding="utf-8")
+        assert f"ais-jax train configs/{name}.yaml" in text
+        assert "Not verified" in text and "arXiv 2" in text
+        assert config.task.name == name.removeprefix(f"{model}_")
+        assert config.task.eval_file is not None
+        assert [term for term, _ in config.composition.terms]
+
+
 def test_every_key_is_documented():
     rows = settings.describe(config_lib.Config)
     assert {"grpo.group_size", "ais.cap", "task.countdown.numbers", "mesh.tensor"} <= {
@@ -36,6 +56,12 @@ def test_every_key_is_documented():
         ("rollout.top_p=0.9", ["top_p=0.9", "bias"]),
         ("rollout.top_k=5", ["top_k=5", "bias"]),
         ("rollout.temperature=0", ["temperature=0", "above 0"]),
+        ("grpo.overlong_buffer=99", ["overlong_buffer=99", "max_new_tokens"]),
+        ("rewards.corect=1.0", ["rewards", "'corect' is no reward", "correct"]),
+        ("rewards.boxed=1.0", ["rewards", "countdown has none"]),
+        ("rewards={}", ["rewards", "no reward has a weight"]),
+        ("rewards=correct", ["rewards", "a mapping"]),
+        ("task.name=arithmetic task.style=d1", ["task", "style=d1", "gsm8k"]),
         ("rollout.recipe=fp9", ["rollout.recipe", "fp9", "fp8"]),
         ("grpo.advantages=mad", ["grpo.advantages", "mad", "leave_one_out"]),
         ("ais.cap=-1", ["ais", "cap=-1"]),
@@ -55,7 +81,7 @@ def test_every_key_is_documented():
 )
 def test_bad_values_are_named(override, parts):
     with pytest.raises(UserError) as error:
-        config_lib.load(CONFIGS[0], [override])
+        config_lib.load(CONFIGS[0], override.split())
     text = str(error.value)
     assert "\n" not in text
     for part in parts:

@@ -317,7 +317,7 @@ def _generate(
     texts = prompter.completions(rollout)[: len(pairs)]
     answered = [benchmarks.without_thinking(text, options.thinking) for text in texts]
     posed = posed[: len(pairs)]
-    truncated = np.asarray(rollout.truncated)
+    truncated = np.asarray(rollout.truncated).tolist()[: len(pairs)]
     read = benchmarks.with_ends(answered, truncated, loaded.protocol)
     counts = {name: count(read, posed) for name, count in unit.measures.items()}
     extract = getattr(prompter.task, "extract", lambda text: None)
@@ -328,7 +328,7 @@ def _generate(
             sample=sample,
             completion=texts[row],
             tokens=int(lengths[row]),
-            truncated=bool(truncated[row]),
+            truncated=truncated[row],
             counts={
                 name: (int(right[row]), int(total[row])) for name, (right, total) in counts.items()
             },
