@@ -11,7 +11,7 @@ import ast
 import functools
 import operator
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
@@ -34,13 +34,15 @@ _REACH = 40_000
 _CELLS = 16
 _ENDS = ("<|eot_id|>", END)
 _NUMBER = re.compile(r"-?\d+\.?\d*")
-_BOXES = re.compile(r"\\boxed\{([^}\n]*)\}")
+_BOX = "\\boxed{"
+_FENCED = re.compile(r"```([\d\s]++)```")
 _GRID_IN_TAG = re.compile(r"(\d{16})\s*</answer>")
 _GRID = re.compile(r"\b(\d{16})\b")
 _ARITHMETIC = re.compile(r"[\d+\-*/().\s]+")
 _WHOLE = re.compile(r"[-+]?[0-9]+")
 _LONGEST_EQUATION = 300
 _TOLERANCE = 1e-5
+_MOST_BITS = 8192
 
 
 def counts(
@@ -58,8 +60,9 @@ def counts(
       right [B] int64 and total [B] int64: 1, of Sudoku the blank cells.
 
     Raises:
-      ValueError: the lengths differ.
+      ValueError: the lengths differ, or d1 has no such task.
     """
+    _check_task(task)
     common.check_batch(completions, examples)
     judge = {"gsm8k": _number_is_right, "math": _formula_is_right, "countdown": _equation_is_right}
     pairs = [
@@ -79,19 +82,37 @@ def score(task: str, completions: Sequence[str], examples: Sequence[dict]) -> np
     return (right / np.maximum(total, 1)).astype(np.float32)
 
 
+def _check_task(task: str) -> None:
+    if task not in TASKS:
+        raise ValueError(f"d1 has no task {task!r}, only {', '.join(TASKS)}")
+
+
 def _number_is_right(text: str, example: dict) -> bool:
     right = common.number(gsm8k.gold(example))
-    return right is not None and _number(text) == float(right)
+    # d1 finds no answer that is negative, of which GSM8K's test set has two.
+    return right is not None and right >= 0 and _number(text) == float(right)
 
 
 def _number(text: str) -> float | None:
     """Of the first box that has one the first number, or else the last one of the first tag."""
-    for content in map(str.strip, _BOXES.findall(text)):
+    for content in map(str.strip, _boxes(text)):
         if content.strip("."):
             value = _as_float(content, 0)
             if value is not None:
                 return value
     return _as_float((_tagged(text) or "").strip(), -1)
+
+
+def _boxes(text: str) -> Iterator[str]:
+    """What each box holds up to the first brace that closes, within a line."""
+    for line in text.split("\n"):
+        start = line.find(_BOX)
+        while start >= 0:
+            end = line.find("}", start)
+            if end < 0:
+                break
+            yield line[start + len(_BOX) : end]
+            start = line.find(_BOX, end)
 
 
 def _as_float(text: str, which: int) -> float | None:
@@ -167,8 +188,7 @@ def _value(equation: str) -> complex | None:
     """What Python's arithmetic gives for an expression; None if it is none, or too large.
 
     d1 has Python evaluate it, so decimals, // and ** are part of its grammar. Here the expression
-    is parsed alone, and powers are bounded: beyond the 64th one, or of numbers above a million,
-    none is a target of Countdown.
+    is parsed alone, and powers are bounded to 8,192 bits.
     """
     if len(equation) > _LONGEST_EQUATION or not _ARITHMETIC.fullmatch(equation):
         return None
@@ -186,12 +206,19 @@ def _compute(node: ast.expr) -> complex:
     if not isinstance(node, ast.BinOp):  # a call or a tuple: digits and parentheses can write them
         raise ValueError("no arithmetic")
     left, right = _compute(node.left), _compute(node.right)
-    if isinstance(node.op, ast.Pow) and (abs(right) > 64 or abs(left) > 1e6):
+    if isinstance(node.op, ast.Pow) and _is_huge(left, right):
         raise ValueError("a power too large")
     try:
         return _OPERATORS[type(node.op)](left, right)
     except TypeError:  # complex numbers have no floor
         raise ValueError("no arithmetic") from None
+
+
+def _is_huge(base: complex, exponent: complex) -> bool:
+    """Whether a power has too many bits; what is no whole number overflows by itself."""
+    if not isinstance(base, int) or not isinstance(exponent, int) or abs(base) < 2:
+        return False
+    return exponent * base.bit_length() > _MOST_BITS
 
 
 def _grid(text: str) -> str:
@@ -206,8 +233,8 @@ def _grid(text: str) -> str:
 def _fenced(text: str) -> str | None:
     """Digits alone between two ``` behind the first <answer>."""
     _, tag, rest = text.partition("<answer>")
-    inside = rest.split("```")[1:-1] if tag else []
-    return next((x for x in inside if x and all(c.isdecimal() or c.isspace() for c in x)), None)
+    match = _FENCED.search(rest) if tag else None
+    return match and match[1]
 
 
 def _tagged_or_ended(text: str) -> str | None:
@@ -260,8 +287,12 @@ def rewards(task: str, compat: bool) -> Rewards:
 
     Returns:
       Functions (completions [B], examples [B]) -> [B] float32.
+
+    Raises:
+      ValueError: d1 has no such task.
     """
-    found: dict[str, Callable[[str, dict, bool], float]] = _REWARDS[task]
+    _check_task(task)
+    found = _REWARDS[task]
     return {name: functools.partial(_each, reward, compat) for name, reward in found.items()}
 
 

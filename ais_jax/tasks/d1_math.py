@@ -56,7 +56,7 @@ def normal(text: str) -> str:
     text = text.replace("tfrac", "frac").replace("dfrac", "frac")
     for unseen in ("\\left", "\\right", "^{\\circ}", "^\\circ", "\\$"):
         text = text.replace(unseen, "")
-    text = _without_unit(text).replace("\\%", "")
+    text = _without_unit(text).replace("\\%", "").replace("\\%", "")  # twice, as published
     text = text.replace(" .", " 0.").replace("{.", "{0.")
     if not text:
         return text

@@ -59,6 +59,10 @@ def test_gsm8k(text, want):
     assert right("gsm8k", text, GSM8K) == (want, 1)
 
 
+def test_d1_finds_no_negative_answers():
+    assert right("gsm8k", "\\boxed{-10}", {"question": "?", "answer": "#### -10"}) == (0, 1)
+
+
 @pytest.mark.parametrize(
     ("text", "want"),
     [
@@ -95,6 +99,7 @@ def test_math(text, want):
         ("90^{\\circ}", "90"),
         ("\\left(1, 2\\right)", "(1,2)"),
         ("50\\%", "50"),
+        ("5\\\\\\%%", "5"),
         ("\\$5", "5"),
         ("k=3", "3"),
         ("ab=3", "3"),
@@ -162,7 +167,11 @@ def test_countdown(text, want):
         ("(1-4)**(1/2)", [1, 4, 1, 2], 3, 0),  # a complex number
         ("((1-4)**(1/2))//1", [1, 4, 1, 2, 1], 3, 0),
         ("1/(2-2)", [1, 2, 2], 1, 0),
-        ("2**65", [2, 65], 2**65, 0),  # powers are bounded
+        ("2**65", [2, 65], 2**65, 1),
+        ("1**87+50", [1, 87, 50], 51, 1),
+        ("50+2**-99", [50, 2, 99], 50, 1),
+        ("99**99**99", [99, 99, 99], 1, 0),  # powers are bounded
+        ("2**9999-2**9999", [2, 9999, 2, 9999], 0, 0),
         ("(1,2)", [1, 2], 3, 0),
         ("-" * 290 + "1+2", [1, 2], 3, 1),
         ("-" * 1000 + "1+2", [1, 2], 3, 0),
@@ -187,6 +196,7 @@ def test_arithmetic_is_pythons_but_bounded(text, numbers, target, want):
         (f"<answer>{WRONG}</answer>{RIGHT}", 2),
         (f"<answer>x```{RIGHT}```{WRONG}</answer>", 8),
         (f"<answer>```python\n{RIGHT}\n```\n```\n{WRONG}\n```</answer>", 0),
+        (f"<answer>x````{RIGHT}````{WRONG}</answer>", 8),
         (f"<answer></answer> {RIGHT}", 8),
         (f"<answer></answer>\n{RIGHT}<|endoftext|>{WRONG}", 8),
         (f"so {RIGHT} </answer>", 8),  # behind the tag there is nothing
@@ -346,6 +356,10 @@ def test_long_texts_are_read_in_part(unit):
 
 @pytest.mark.parametrize("task", d1.TASKS)
 def test_lengths_must_agree(task):
+    with pytest.raises(ValueError, match="d1 has no task 'amc', only gsm8k"):
+        d1.counts("amc", [], [])
+    with pytest.raises(ValueError, match="d1 has no task 'amc', only gsm8k"):
+        d1.rewards("amc", True)
     with pytest.raises(ValueError, match="1 completions for 0 examples"):
         d1.counts(task, [""], [])
     for function in d1.rewards(task, True).values():
