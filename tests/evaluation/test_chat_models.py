@@ -155,6 +155,7 @@ def test_rows_are_sampled_in_slots(chat, puzzles, tmp_path, monkeypatch):
         return inner(model, params, prompts, mask, keys, config, *args)
 
     monkeypatch.setattr(autoregressive, "rollout", rollout)
+    monkeypatch.setattr(run, "_ROUNDS", {"cpu": 4})
     options = Options(("sudoku",), (4,), data=puzzles, batch_size=8, samples=40, temperature=1.0)
     evaluate(chat, options, tmp_path / "out")
     assert seen == [(32, 8), (8, 8)]
