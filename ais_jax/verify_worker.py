@@ -1,11 +1,12 @@
 """A process in which math-verify compares answers and nothing else, and may hang or die. No JAX.
 
 `ais_jax.tasks.verify` runs it as `python -m ais_jax.verify_worker PID-OF-ITS-USER`. It reads lines
-of JSON, [gold, answer], and writes true or false for each, after a first true when it is ready.
+of JSON, [gold, answer, seconds], and writes true or false for each, after a first true when it is
+ready.
 
 sympy evaluates what a model wrote: 9^{9^{9^9}} never ends, and 10^{10^{10}} takes all memory. So
 this process has little memory, opens no file but Python's own, starts nothing, and is killed by its
-user when time is up.
+user when time is up. Should its user be gone by then, an alarm of its own ends it a second later.
 """
 
 from __future__ import annotations
@@ -14,11 +15,13 @@ import json
 import logging
 import os
 import resource
+import signal
 import sys
 
 from ais_jax import child
 
 _MEMORY = 2 * 2**30  # bytes of address space beyond what imports have taken
+_OPEN = 32  # files at a time: modules are imported as they are needed
 
 
 def main() -> None:
@@ -26,6 +29,8 @@ def main() -> None:
     child.live_with(int(sys.argv[1]))
     answers = os.fdopen(os.dup(1), "w", encoding="ascii")
     os.dup2(2, 1)  # what a library prints is no answer
+    # Not handled: Python runs no handler, and no other thread, while C computes with huge numbers.
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
     logging.disable(logging.CRITICAL)  # it tells of every formula that it cannot read
     compare = _comparison()
     compare("1", "1")  # the parsers are built at first use
@@ -34,10 +39,13 @@ def main() -> None:
     sys.addaudithook(_forbid)
     print("true", file=answers, flush=True)
     for line in sys.stdin:
+        gold, answer, seconds = json.loads(line)
+        signal.setitimer(signal.ITIMER_REAL, seconds + 1)
         try:
-            found = compare(*json.loads(line))
-        except (Exception, RecursionError, MemoryError):
+            found = compare(gold, answer)
+        except Exception:  # among them MemoryError and RecursionError
             found = False
+        signal.setitimer(signal.ITIMER_REAL, 0)
         print(json.dumps(bool(found)), file=answers, flush=True)
 
 
@@ -60,12 +68,13 @@ def _comparison():
 
 
 def _limit() -> None:
-    """Takes away what no comparison needs: memory without end, files, further processes' cores."""
+    """Takes away what no comparison needs: memory without end, files that grow, core dumps."""
     with open("/proc/self/statm", encoding="ascii") as file:
         taken = int(file.read().split()[0]) * resource.getpagesize()
     limits = {
         resource.RLIMIT_AS: taken + _MEMORY,
         resource.RLIMIT_FSIZE: 0,
+        resource.RLIMIT_NOFILE: _OPEN,
         resource.RLIMIT_CORE: 0,
     }
     for limit, most in limits.items():

@@ -12,6 +12,7 @@ _SPACING = re.compile(r"\\[!,;:$%]|[$%]")
 _WORD = re.compile(r"[\w.,]+(?:(?<=[0-9][eE])[-+][0-9]+)?(?:/[\w.,]+)?")
 _QUANTITY = re.compile(r"([0-9.,]+(?:/[0-9.,]+)?)(?:/?[A-Za-z]+)?")  # 18, 3/4, 18kg, 18/day
 _FRACTION = re.compile(r"\\[dt]?frac *\{ *-?[0-9.,]+ *\} *\{ *[0-9.,]+ *\}")
+_PART = re.compile(r"(?:[\^_]|\\sqrt(?:\[\w*\])?) *\{? *[-+]?\Z")  # of a power, an index, a root
 _MINUS = re.compile(r"(?:(?<![\w)}])[-−–]|[^\w)}\s][ \t]*[-−–][ \t]*)\Z")
 
 
@@ -26,12 +27,13 @@ def final_number(completion: str) -> Fraction | None:
         _, mark, after = completion.rpartition("####")
         line = after.strip().partition("\n")[0]
         # In Markdown the same mark begins a heading.
-        text = line if mark and _whole_number(line) is not None else completion
-    whole = _whole_number(text)
+        text = line if mark and whole_number(line) is not None else completion
+    whole = whole_number(text)
     return _last_number(text) if whole is None else whole
 
 
-def _whole_number(text: str) -> Fraction | None:
+def whole_number(text: str) -> Fraction | None:
+    """The number that a text is but for $, % and LaTeX spacing; None if it is none."""
     return common.number(_plain(text)) if len(text) <= _REACH else None
 
 
@@ -45,6 +47,8 @@ def _last_number(text: str) -> Fraction | None:
     if found is None:
         return None
     before, word = found
+    if _PART.search(before):
+        return None
     fractions = [m for m in _FRACTION.finditer(plain) if m.start() <= len(before) < m.end()]
     if fractions:
         value = common.number(fractions[0][0])

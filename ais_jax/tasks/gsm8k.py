@@ -75,6 +75,7 @@ def reward(completions: Sequence[str], examples: Sequence[dict]) -> np.ndarray:
 
     * 1,024 and 56.0 and 3/4 are numbers, and so is \\frac{3}{4} that stands alone; 5,6 and 1e3 and
       digits other than 0 to 9 are not, and then there is no answer, whatever stands before.
+    * An exponent, an index and what is under a root are no numbers either.
     * A minus at a number is its sign, unless a letter, digit or closing bracket touches it.
     * The last 1000 characters are searched, and a number has 100 at most.
 

@@ -10,18 +10,18 @@ import os
 import re
 from collections.abc import Collection, Sequence
 from fractions import Fraction
-from math import isfinite
 from typing import NamedTuple
 
 import numpy as np
 
 from ais_jax.tasks import common, files, verify
-from ais_jax.tasks.final_number import final_number
+from ais_jax.tasks.final_number import final_number, whole_number
 
 ALPHABET = common.PRINTABLE
 Options = common.FileOptions
 
 _LONGEST = 1000
+_INTEGER = re.compile("-?[0-9]+")
 _LETTERED = r"\\(?:text(?:bf|it|rm)?|mathrm|mathbf|mbox) *\{([^{}]*)\}"
 _SAME = [  # in this order
     (re.compile(r"\{,\}"), ","),
@@ -95,8 +95,9 @@ def careless(example: dict) -> str:
 def reward(completions: Sequence[str], examples: Sequence[dict]) -> np.ndarray:
     """1 where the answer is that of the example, else 0.
 
-    It is what `common.marked` finds, or else the line after the last ####, of 1000 characters at
-    most. It is right if it is the same number; or the same text once both are written in one way:
+    It is what `common.marked` finds, or else the line after the last ####, which must be the last
+    line or a number, of 1000 characters at most. It is right if it is the same number; or the same
+    text once both are written in one way:
 
     * without spaces, $ and %, degree signs, \\left and \\right, a final point, a unit in \\text{}
       after the rest, a name before it (x=5, f(x)=5), and brackets of a single capital letter;
@@ -128,10 +129,16 @@ def reward(completions: Sequence[str], examples: Sequence[dict]) -> np.ndarray:
             right[i] = _agree(answer, golds[i])
         elif answer_of_prose is not None:
             right[i] = answer_of_prose == _normal(golds[i]).number
-    unclear = [i for i, (answer, _) in enumerate(given) if answer is not None and not right[i]]
-    asked = [golds[i] for i in unclear], [given[i][0] for i in unclear]
-    right[unclear] = verify.equal(*asked)
+    unclear = [
+        i for i, (answer, _) in enumerate(given) if not right[i] and _is_open(answer, golds[i])
+    ]
+    right[unclear] = verify.equal([golds[i] for i in unclear], [given[i][0] for i in unclear])
     return right
+
+
+def _is_open(answer: str | None, right: str) -> bool:
+    """Whether an answer that does not agree may be equal: two integers, most answers, are not."""
+    return answer is not None and not all(map(_INTEGER.fullmatch, (answer, right)))
 
 
 def _given(completion: object) -> tuple[str | None, Fraction | None]:
@@ -141,7 +148,9 @@ def _given(completion: object) -> tuple[str | None, Fraction | None]:
     answer = common.marked(completion)
     if answer is None:
         _, mark, after = completion.rpartition("####")
-        answer = after.strip().partition("\n")[0].strip() if mark else None
+        line, more, _ = after.strip().partition("\n")
+        # In Markdown the same mark begins a heading, and then more follows.
+        answer = line.strip() if mark and (not more or whole_number(line) is not None) else None
     return (answer, None) if answer else (answer, final_number(completion))
 
 
@@ -225,10 +234,12 @@ def _answer_of(row: dict) -> str:
     """The answer of a file's row: AMC's are numbers such as 27.0, NeMo's are called expected."""
     for name in ("answer", "expected_answer"):
         value = row.get(name)
-        if isinstance(value, int | float) and not isinstance(value, bool):
-            if not isfinite(value):
+        if isinstance(value, float):
+            value = int(value) if value.is_integer() else value
+            if common.number(str(value)) is None:
                 raise ValueError("no number")
-            return str(int(value)) if value == int(value) else str(value)
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            return str(value)
         if value is not None:
             return files.text_of(row, name)
     return common.last_boxed(files.text_of(row, "solution")) or ""

@@ -6,9 +6,11 @@ import atexit
 import contextlib
 import json
 import os
+import select
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Sequence
 
 import numpy as np
@@ -22,7 +24,7 @@ MAX_LENGTH = 1000
 """Characters of an answer that is read at all."""
 
 _STARTUP = 120.0  # seconds to import sympy on a busy machine
-_REMEMBERED = 100_000
+_REMEMBERED = 20_000
 
 
 def equal(golds: Sequence[str], answers: Sequence[str | None]) -> np.ndarray:
@@ -67,14 +69,17 @@ class _Process:
         self._process: subprocess.Popen | None = None
 
     def compare(self, gold: str, answer: str) -> bool:
+        if self._process is not None and self._process.poll() is not None:
+            self.close()  # it has died of something else than this pair
         if self._process is None:
             self._start()
-        # Where the process has died, it has done so over this pair.
-        return self._ask([gold, answer], TIMEOUT) or False
+        return self._ask([gold, answer, TIMEOUT], TIMEOUT) or False
 
     def _start(self) -> None:
         paths = [path or os.getcwd() for path in sys.path]
-        changes = {"PYTHONPATH": os.pathsep.join(paths), "JAX_PLATFORMS": "cpu"}
+        # sympy orders terms by their hashes: the same pair shall always be judged the same.
+        same = {"PYTHONHASHSEED": "0", "JAX_PLATFORMS": "cpu"}
+        changes = {"PYTHONPATH": os.pathsep.join(paths), **same}
         # Of the same group of processes: who ends its user's group, ends it too.
         self._process = subprocess.Popen(
             [sys.executable, "-m", "ais_jax.verify_worker", str(os.getpid())],
@@ -82,7 +87,6 @@ class _Process:
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             env={**os.environ, **changes},
-            encoding="ascii",
         )
         if not self._ask(None, _STARTUP):
             raise UserError(
@@ -94,19 +98,17 @@ class _Process:
         """The next answer; None where there is none in time, and the process is gone."""
         process = self._process
         assert process is not None and process.stdin is not None and process.stdout is not None
-        timer = threading.Timer(timeout, process.kill)
-        timer.daemon = True
-        timer.start()
         try:
             if request is not None:
-                process.stdin.write(json.dumps(request) + "\n")
+                process.stdin.write(json.dumps(request).encode() + b"\n")
                 process.stdin.flush()
-            line = process.stdout.readline()
+            line = _line(process.stdout.fileno(), timeout)
         except BrokenPipeError:
-            line = ""
-        finally:
-            timer.cancel()
-        if line.endswith("\n"):
+            line = b""
+        except BaseException:  # an alarm or Ctrl-C: what comes now would answer the next pair
+            self.close()
+            raise
+        if line.endswith(b"\n"):
             return json.loads(line)
         self.close()
         return None
@@ -119,6 +121,22 @@ class _Process:
             for pipe in (process.stdin, process.stdout):
                 with contextlib.suppress(BrokenPipeError):
                     pipe.close()  # type: ignore[union-attr]
+
+
+def _line(file: int, timeout: float) -> bytes:
+    """A line from a pipe, or less of it where time is up or the pipe has ended."""
+    end, line = time.monotonic() + timeout, b""
+    ready = select.poll()  # select.select() knows the first 1024 files alone
+    ready.register(file, select.POLLIN)
+    while not line.endswith(b"\n"):
+        left = end - time.monotonic()
+        if left <= 0 or not ready.poll(1000 * left):
+            break
+        more = os.read(file, 4096)
+        if not more:
+            break
+        line += more
+    return line
 
 
 def close() -> None:

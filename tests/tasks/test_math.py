@@ -57,8 +57,8 @@ SAME = [
 DIFFERENT = [
     ("18", "19"), ("18", "-18"), ("18", "1 8"), ("18", "1.8"), ("18", "1,8"), ("18", "18x"),
     ("18", "180"), ("18", "18,000"), ("18", ""), ("18", "\\text{}"), ("18", "x="), ("18", "18/0"),
-    ("18", "١٨"), ("18", "１８"), ("18", "18²"), ("18", "18e0"), ("18", "1.8e1"), 
-    ("18", "17 \\text{ or } 18"), ("18", "18^2"), 
+    ("18", "١٨"), ("18", "１８"), ("18", "18²"), ("18", "18e0"), ("18", "1.8e1"),
+    ("18", "17 \\text{ or } 18"), ("18", "18^2"),
     ("5", ".5"), ("0.5", "5"), ("0.25", "0.2"), ("0.3", "\\frac13"), ("0.333", "1/3"),
     ("12", "1 2"), ("1\\frac12", "\\frac{11}{2}"), ("1 1/2", "11/2"), ("\\frac12", "\\frac21"),
     ("1200", "1, 200"), ("(1,2)", "(2,1)"), ("(1,2)", "[1,2]"),
@@ -102,8 +102,12 @@ RIGHT = [
     "<answer>17</answer><answer>18", "<answer>17</answer> \\boxed{18}",
     "\\boxed{18} <answer>17</answer>", "\\boxed{\\boxed{18}}", "\\boxed{18}\ud800",
 ]  # fmt: skip
-PROSE = ["18", "#### 18", "x=18", "\\boxed{18", "It is $18$.", "17 or 18"]
+PROSE = [
+    "18", "#### 18", "x=18", "\\boxed{18", "It is $18$.", "17 or 18", "#### 18\n5 more",
+    "#### Step 3\nSo it is 18.", "#### x^2\nis 18",
+]  # fmt: skip
 WRONG = [
+    "It is $\\sqrt{18}$", "x^18", "2^{18}", "10_{18}", "\\sqrt[3]{18}", "#### Step 18\nso 17",
     "\\boxed18", "", "17", "#### 17", "#### 17 18", "18 or 17", "\\boxed", "\\boxed{", "\\boxed{}",
     "\\boxed{17} 18", "\\boxed{18}\\boxed{17}", "\\boxed{} 18", "<answer></answer>18",
     "<answer>It is 18</answer>", "\\boxed{nan}", "\\boxed{NaN}", "\\boxed{1e999999999}",
@@ -234,14 +238,22 @@ def test_files(tmp_path, options):
         {"problem": "?", "solution": "\\boxed{1} and \\boxed{\\frac{1}{2}}.", "level": 1},
         {"problem": "?", "solution": "\\boxed{1}", "answer": " 2 "},
         {"problem": "?", "solution": "\\boxed{3}", "answer": None},
+        {"problem": "?", "answer": 27.0},
+        {"problem": "?", "answer": 27},
+        {"problem": "?", "answer": 0.5},
+        {"problem": "?", "expected_answer": "070", "solution": "\\boxed{71}"},
+        {"problem": "?", "answer": None, "expected_answer": 70.0},
     ]
     path.write_text("\n\n".join(map(json.dumps, lines)), encoding="utf-8")
-    assert [e["answer"] for e in task.load(path)] == ["\\frac{1}{2}", "2", "3"]
+    assert [e["answer"] for e in task.load(path)] == [
+        "\\frac{1}{2}", "2", "3", "27", "27", "0.5", "070", "70"
+    ]  # fmt: skip
 
 
 MALFORMED = [
     "{", "[" * 100_000, "[]", "{}", '{"problem": "?"}', '{"problem": "?", "answer": NaN}',
     '{"problem": "?", "answer": Infinity}', '{"problem": "?", "answer": true}',
+    '{"problem": "?", "answer": 1e-7}', '{"problem": "?", "answer": ' + "1" * 2000 + "}",
     '{"problem": " ", "answer": "18"}',
     '{"problem": "?", "answer": ""}', '{"problem": "?", "answer": "$"}',
     '{"problem": "?", "answer": "}18{"}', '{"problem": "?", "answer": "{18"}',

@@ -45,14 +45,19 @@ def quick(monkeypatch):
         ("7", " ", False),
         ("7", None, False),
         ("7", "7" + " " * 1000, False),
+        ("7", "\\sqrt{" * 400, False),
+        ("7", "(" * 1200, False),
+        ("7", "\\frac{" * 500, False),
+        ("7", "7" * 100_000, False),
     ],
 )
 def test_answers_are_compared(gold, answer, want):
     assert verify.equal([gold], [answer]).tolist() == [want]
 
 
+ENDLESS = "9^{9^{9^{9}}}"  # computed in C, where no other thread runs
 HOSTILE = [
-    "9^{9^{9^{9}}}",
+    ENDLESS,
     "10^{10^{10}}!",
     "\\sqrt{" * 150,
     "(" * 400,
@@ -89,7 +94,7 @@ def test_hostile_answers_are_wrong_and_leave_nothing_behind(quick, tmp_path, mon
 
 def test_what_takes_too_long_is_wrong_once(quick):
     began = time.monotonic()
-    assert verify.equal(["7"] * 50, ["9^{9^{9^{9}}}"] * 50).sum() == 0
+    assert verify.equal(["7"] * 50, [ENDLESS] * 50).sum() == 0
     assert time.monotonic() - began < 25  # and not 50 times 2 s
 
 
@@ -109,9 +114,37 @@ def test_it_works_in_threads(quick):
 
 def test_a_dead_process_is_started_again(quick):
     verify.equal(["\\frac12"], ["0.5"])
-    os.kill(verify._process._process.pid, signal.SIGKILL)
-    assert verify.equal(["7"], ["\\frac{14}{2}"]).tolist() == [False]  # it died over this one
-    assert verify.equal(["8"], ["\\frac{16}{2}"]).tolist() == [True]
+    process = verify._process._process
+    process.kill()
+    process.wait()
+    assert verify.equal(["7"], ["\\frac{14}{2}"]).tolist() == [True]
+    process = verify._process._process
+    threading.Timer(0.5, process.kill).start()
+    assert verify.equal(["7", "8"], [ENDLESS, "\\frac{16}{2}"]).tolist() == [False, True]
+    assert verify._process._process is not process
+    assert len(verify._known) == 4
+
+
+class Interrupted(BaseException):
+    """Not an Exception, as Ctrl-C and the alarms of rewards are not."""
+
+
+def test_an_interrupted_comparison_answers_for_no_other(quick, monkeypatch):
+    def interrupt(*_):
+        raise Interrupted
+
+    verify.equal(["\\frac12"], ["0.5"])
+    slow = "\\int_0^1 x^{x^x} dx"
+    before = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.2)
+        with pytest.raises(Interrupted):
+            verify.equal(["7"], [slow])
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert ("7", slow) not in verify._known
+    assert verify.equal(["8", "9"], ["\\frac{16}{2}", "\\frac{16}{2}"]).tolist() == [True, False]
 
 
 USER = """
@@ -134,6 +167,30 @@ def test_it_ends_with_its_user(how):
     _, errors = user.communicate(timeout=60)
     gone(worker)
     assert "verify_worker" not in errors
+
+
+BUSY = """
+import sys
+from ais_jax.tasks import verify
+verify.equal(["7"], ["\\\\frac{14}{2}"])
+print(verify._process._process.pid, flush=True)
+verify.equal(["7"], [sys.argv[1]])
+"""
+
+
+@pytest.mark.parametrize("group", [False, True])
+def test_it_ends_with_its_user_in_the_middle_of_a_comparison(group):
+    user = subprocess.Popen(
+        [sys.executable, "-c", BUSY, ENDLESS], stdout=subprocess.PIPE, start_new_session=group
+    )
+    worker = int(user.stdout.readline())
+    time.sleep(0.5)
+    if group:
+        os.killpg(user.pid, signal.SIGKILL)
+    else:
+        user.kill()
+    user.communicate()
+    gone(worker)
 
 
 ASK = """
