@@ -216,8 +216,13 @@ def _diffusion(overrides: list[str]):
 
     if not overrides:
         return None
-    changes = [settings.parse_override(text) for text in overrides]
-    return settings.build(DiffusionConfig, settings.apply_overrides({}, changes), "--diffusion")
+    return settings.build(DiffusionConfig, _changes(overrides), "--diffusion")
+
+
+def _changes(overrides: list[str]) -> dict:
+    from ais_jax import settings
+
+    return settings.apply_overrides({}, [settings.parse_override(text) for text in overrides])
 
 
 def _add_eval(commands) -> None:
@@ -269,7 +274,7 @@ def _eval(args) -> int:
         limit=args.limit,
         batch_size=args.batch_size,
         seed=args.seed,
-        diffusion=_diffusion(args.diffusion),
+        diffusion=dict(_changes(args.diffusion)),
         tensor=args.tensor,
     )
     dtype = args.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
@@ -285,7 +290,9 @@ def _names(text: str) -> tuple[str, ...]:
 def _lengths(text: str) -> tuple[int, ...]:
     names = _names(text)
     if not all(name.isdecimal() and len(name) < 8 for name in names):
-        raise UserError(f"--lengths {text!r} must be whole numbers with commas, such as 128,256")
+        raise UserError(
+            f"--lengths {text!r} must be whole numbers below 10,000,000, such as 128,256"
+        )
     return tuple(map(int, names))
 
 

@@ -60,7 +60,7 @@ def build_evaluator(
             keys = jax.random.split(jax.random.fold_in(key, start), size)
             between()
             rollout = at.rollout(params, *fitting.prompts(padded), keys, mesh, between)
-            texts += prompter.completions(rollout)[: len(part)]
+            texts += prompter.answers(prompter.completions(rollout))[: len(part)]
         return texts
 
     platform = mesh.devices.flat[0].platform

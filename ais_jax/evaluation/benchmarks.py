@@ -151,14 +151,3 @@ def with_ends(texts: Sequence[str], truncated: Sequence[bool], protocol: str) ->
     if protocol != "d1":
         return list(texts)
     return [text if cut else text + d1.END for text, cut in zip(texts, truncated, strict=True)]
-
-
-def without_thinking(text: str, thinking: bool | None) -> str:
-    """What a completion says after it has thought: all of it where thinking is off.
-
-    Where it is on, the text after the last </think>; "" if it never got there.
-    """
-    _, mark, answer = text.rpartition("</think>")
-    if mark:
-        return answer
-    return "" if thinking else text

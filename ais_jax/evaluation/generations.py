@@ -56,19 +56,33 @@ def read(path: pathlib.Path) -> list[Generation]:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
     whole = data[: data.rfind(b"\n") + 1]
     if len(whole) < len(data):
-        os.truncate(path, len(whole))
+        try:
+            os.truncate(path, len(whole))
+        except OSError as error:
+            raise UserError(f"{path} cannot be written: {error.strerror}") from None
     names = [field.name for field in dataclasses.fields(Generation)]
     found = []
     for number, line in enumerate(whole.splitlines(), 1):
         try:
             row = json.loads(line)
-            found.append(Generation(*[row[name] for name in names]))
-        except (ValueError, KeyError, TypeError):
+            found.append(_checked(Generation(*[row[name] for name in names])))
+        except (ValueError, KeyError, TypeError, AttributeError):
             raise UserError(
                 f"{path}, line {number} is no generation: correct it or remove the file, and its "
                 "completions are sampled again"
             ) from None
     return found
+
+
+def _checked(g: Generation) -> Generation:
+    """Raises TypeError unless every field is what it should be."""
+    texts = (g.completion, g.problem, g.answer or "")
+    counts = [x for pair in g.counts.values() for x in pair]
+    numbers = (g.index, g.sample, g.tokens, *counts)
+    whole = all(type(x) is int and x >= 0 for x in numbers) and type(g.truncated) is bool
+    if not (whole and all(isinstance(x, str) for x in texts) and counts):
+        raise TypeError
+    return g
 
 
 def append(path: pathlib.Path, generations: Iterable[Generation]) -> None:

@@ -6,14 +6,15 @@ import dataclasses
 import datetime
 import pathlib
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
 
 from ais_jax import config as config_lib
 from ais_jax import mesh as mesh_lib
-from ais_jax import policies, tasks
+from ais_jax import policies, settings, tasks
 from ais_jax.errors import UserError
 from ais_jax.evaluation import benchmarks, generations, table
 from ais_jax.evaluation.benchmarks import Benchmark
@@ -34,6 +35,7 @@ _COLUMNS = (
 )
 # An autoregressive sampler fills the rows that end with further prompts; so it is given several
 # times what it holds, where that does not take minutes, and what is lost by a stop stays small.
+_HOTTEST = 100
 _ROUNDS = {"cpu": 1, "gpu": 4, "tpu": 4}
 
 
@@ -54,8 +56,8 @@ class Options:
       limit: only the first problems.
       batch_size: completions at a time.
       seed: of the noise.
-      diffusion: how a diffusion model fills a completion in; None takes what the run was trained
-        with, or blocks of 32 with one token a step, and of d1 two.
+      diffusion: settings of `DiffusionConfig` that replace those of d1's protocol, of the run that
+        is evaluated, or else blocks of 32 with one token a step.
       tensor: devices over which each layer is split; the others share the rows.
     """
 
@@ -72,7 +74,7 @@ class Options:
     limit: int | None = None
     batch_size: int = 32
     seed: int = 0
-    diffusion: DiffusionConfig | None = None
+    diffusion: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     tensor: int = 1
 
     def __post_init__(self):
@@ -82,6 +84,10 @@ class Options:
             check_truncation(self.top_k, self.top_p, 0.0)
         except ValueError as error:
             raise UserError(str(error)) from None
+        if not self.temperature <= _HOTTEST:
+            raise UserError(f"--temperature {self.temperature} must be from 0 to {_HOTTEST}")
+        if self.seed >= 2**31:
+            raise UserError(f"--seed {self.seed} must be from 0 to {2**31 - 1}")
         if min(self.lengths) < 1:
             raise UserError(f"--lengths {min(self.lengths)} must be at least 1")
         for recipe in self.recipes:
@@ -100,7 +106,8 @@ class Options:
     def recorded(self) -> dict:
         """What two runs must have in common to share a folder."""
         names = ("samples", "temperature", "top_k", "top_p", "thinking", "seed", "data")
-        return {name: getattr(self, name) for name in names}
+        found = {name: getattr(self, name) for name in names}
+        return found | {"diffusion": dict(self.diffusion) or None}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,14 +149,14 @@ def evaluate(
     measures = {name: benchmarks.counts_of(x, loaded.protocol) for name, x in posed.items()}
     samplings = {length: _sampling(loaded, options, length) for length in options.lengths}
     folder = pathlib.Path(output or _free_name(model))
-    settings = {
+    done = {
         "model": model,
         "weights": _identity(pathlib.Path(model)),
         "protocol": loaded.protocol,
         "dtype": dtype,
         **options.recorded(),
     }
-    generations.open_folder(folder, settings)
+    generations.open_folder(folder, done)
     results = []
     for recipe in options.recipes:
         copy = _copy(loaded, recipe)
@@ -167,7 +174,7 @@ def evaluate(
                     )
                 )
         del copy
-    table.write(folder, settings, results)
+    table.write(folder, done, results)
     return folder
 
 
@@ -216,19 +223,20 @@ def _examples(benchmark: Benchmark, loaded: _Loaded, options: Options) -> list[d
 def _sampling(loaded: _Loaded, options: Options, length: int):
     """How completions of a length are sampled. Raises UserError where that does not fit."""
     model, trained = loaded.policy.model, loaded.trained_with
-    if options.diffusion is not None and model.mask_id is None:
+    if options.diffusion and model.mask_id is None:
         raise UserError("--diffusion is for diffusion models, and this one is autoregressive")
     try:
-        diffusion = options.diffusion
-        if diffusion is None and loaded.protocol == "d1":
+        diffusion = DiffusionConfig(min(32, length))
+        if loaded.protocol == "d1":
             diffusion = DiffusionConfig(block_length=32, steps=max(length // 2, 1))
-        elif diffusion is None and trained is not None:
-            settings = trained.rollout
-            diffusion = settings.diffusion.resized(settings.max_new_tokens, length)
+        elif trained is not None and model.mask_id is not None:
+            rollout = trained.rollout
+            diffusion = rollout.diffusion.resized(rollout.max_new_tokens, length)
+        changed = {**settings.to_dict(diffusion), **options.diffusion}
         return sampling_config(
             model,
             loaded.tokenizer,
-            diffusion or DiffusionConfig(min(32, length)),
+            settings.build(DiffusionConfig, changed, "--diffusion"),
             max_new_tokens=length,
             temperature=options.temperature,
             top_k=options.top_k,
@@ -316,7 +324,7 @@ def _generate(
     posed = [examples[index] for index, _ in padded]
     rollout = policy.rollout(copy, *prompter.prompts(posed), keys, loaded.mesh)
     texts = prompter.completions(rollout)[: len(pairs)]
-    answered = [benchmarks.without_thinking(text, options.thinking) for text in texts]
+    answered = prompter.answers(texts)
     posed = posed[: len(pairs)]
     truncated = np.asarray(rollout.truncated).tolist()[: len(pairs)]
     read = benchmarks.with_ends(answered, truncated, loaded.protocol)
@@ -365,12 +373,13 @@ def _prompter(task, loaded: _Loaded, options: Options, length: int) -> Prompter:
 
 
 def _identity(path: pathlib.Path) -> list[str]:
-    """Names and sizes of the files that hold a model; of a run, its newest checkpoint."""
+    """Names, sizes and times of the files that hold a model; of a run, its newest checkpoint."""
     if policies.is_run(path):
-        steps = [p.name for p in (path / "checkpoints").iterdir() if p.name.isdecimal()]
-        return [f"step {max(steps, key=int)}"] if steps else []
+        steps = [p for p in (path / "checkpoints").iterdir() if p.name.isdecimal()]
+        files = sorted(steps, key=lambda p: int(p.name))[-1:]
+        return [f"step {file.name} {file.stat().st_mtime_ns}" for file in files]
     files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
-    return [f"{file.name} {file.stat().st_size}" for file in files]
+    return [f"{x.name} {x.stat().st_size} {x.stat().st_mtime_ns}" for x in files]
 
 
 def _free_name(model: str) -> str:

@@ -72,9 +72,10 @@ def majority_at(
 ) -> np.ndarray:
     """[N] float64: probability that the most frequent answer of `k` samples is right.
 
-    Ties are broken by chance; samples without an answer do not vote, and if none votes the answer
-    is wrong (Wang et al., arXiv 2203.11171). The mean is over all subsets of `k` samples, or over
-    1000 random ones if there are more.
+    Samples that are right vote together, in whatever form they give the answer, and others with
+    those of the same text. Ties are broken by chance; samples without an answer do not vote, and if
+    none votes the answer is wrong (Wang et al., arXiv 2203.11171). The mean is over all subsets of
+    `k` samples, or over 1000 random ones if there are more.
 
     Args:
       k: from 1 to n.
@@ -93,28 +94,23 @@ def majority_at(
 
 
 def _majority(k: int, scores: np.ndarray, answers: Sequence[str | None], rng) -> float:
-    samples = len(answers)
-    # A vote is right as the samples that gave it are; where they differ, as most of them are.
-    right = {
-        answer: float(
-            np.mean([s for s, a in zip(scores, answers, strict=True) if a == answer]) > 0.5
-        )
-        for answer in set(answers) - {None}
-    }
+    votes = [True if right else answer for right, answer in zip(scores, answers, strict=True)]
     subsets: Iterable[Sequence[int]]
-    if math.comb(samples, k) <= _MOST_SUBSETS:
-        subsets = itertools.combinations(range(samples), k)
+    if math.comb(len(votes), k) <= _MOST_SUBSETS:
+        subsets = itertools.combinations(range(len(votes)), k)
     else:
-        subsets = (rng.choice(samples, k, replace=False) for _ in range(_MOST_SUBSETS))
-    return float(np.mean([_vote([answers[i] for i in subset], right) for subset in subsets]))
+        subsets = (rng.choice(len(votes), k, replace=False) for _ in range(_MOST_SUBSETS))
+    return float(np.mean([_vote([votes[i] for i in subset]) for subset in subsets]))
 
 
-def _vote(answers: Sequence[str | None], right: dict[str | None, float]) -> float:
-    votes = Counter(answer for answer in answers if answer is not None)
-    if not votes:
+def _vote(votes: Sequence[bool | str | None]) -> float:
+    """Probability that the winner is True, the right answer."""
+    counts = Counter(vote for vote in votes if vote is not None)
+    if not counts:
         return 0.0
-    most = max(votes.values())
-    return float(np.mean([right[answer] for answer, n in votes.items() if n == most]))
+    most = max(counts.values())
+    winners = [vote for vote, n in counts.items() if n == most]
+    return (True in winners) / len(winners)
 
 
 def _check_k(k: int, samples: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -73,18 +74,19 @@ def _of_several(scores: np.ndarray, generations, samples: int) -> dict[str, Esti
     ks = sorted({*ks, samples})
     found = {f"pass@{k}": statistics.estimate(statistics.pass_at(k, scores)) for k in ks}
     answers = np.array([g.answer for g in generations], object).reshape(-1, samples)
-    if any(g.answer is not None for g in generations):
+    if any(g.answer is not None for g in generations):  # of a task that tells answers apart
         votes = statistics.majority_at(samples, scores, answers.tolist())
         found[f"maj@{samples}"] = statistics.estimate(votes)
     return found
 
 
 def write(folder: pathlib.Path, settings: Mapping[str, Any], results: Sequence[Result]) -> None:
-    """Writes table.md and results.json.
+    """Writes table.md and results.json, with the results of before that were not measured anew.
 
     Raises:
-      UserError: they cannot be written.
+      UserError: they cannot be written, or what is there is damaged.
     """
+    results = _merged(_read(folder / RESULTS), results)
     rows = [
         {
             **result._asdict(),
@@ -97,6 +99,29 @@ def write(folder: pathlib.Path, settings: Mapping[str, Any], results: Sequence[R
         (folder / FILE).write_text(markdown(settings, results), encoding="utf-8")
     except OSError as error:
         raise UserError(f"{folder} cannot be written: {error.strerror}") from None
+
+
+def _read(path: pathlib.Path) -> list[Result]:
+    if not path.exists():
+        return []
+    try:
+        rows = json.loads(path.read_bytes())["results"]
+        return [
+            Result(
+                **{
+                    **row,
+                    "measures": {name: Estimate(**x) for name, x in row["measures"].items()},
+                }
+            )
+            for row in rows
+        ]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(f"{path} is damaged: remove it, and it is written again") from None
+
+
+def _merged(old: Sequence[Result], new: Sequence[Result]) -> list[Result]:
+    cells = {(r.benchmark, r.length, r.recipe): r for r in (*old, *new)}
+    return list(cells.values())
 
 
 def markdown(settings: Mapping[str, Any], results: Sequence[Result]) -> str:

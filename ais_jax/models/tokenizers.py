@@ -159,13 +159,21 @@ class TextTokenizer:
         enable_thinking: bool | None = None,
         reply: str = "",
     ) -> list[int]:
-        """Ids of a conversation by the checkpoint's chat template, up to where the reply starts.
+        """Ids of a conversation as `render` writes it, and of how the reply begins.
+
+        Raises like `render`.
+        """
+        return self.encode(self.render(messages, enable_thinking) + reply)
+
+    def render(
+        self, messages: Sequence[Mapping[str, str]], enable_thinking: bool | None = None
+    ) -> str:
+        """A conversation by the checkpoint's chat template, up to where the reply starts.
 
         Args:
           messages: each with "role" and "content".
           enable_thinking: passed to the template; None passes nothing, which templates may take
             for either.
-          reply: how the reply begins; it is part of the ids.
 
         Raises:
           UserError: there is no template, or it refuses the messages.
@@ -185,7 +193,7 @@ class TextTokenizer:
                 f"the chat template of {self.backend.name_or_path} refuses the messages with roles "
                 f"{[message.get('role') for message in messages]}: {first_line(error)}"
             ) from None
-        return self.encode(text + reply)
+        return text
 
 
 def tokenizer_files(directory: str | os.PathLike) -> list[pathlib.Path]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from types import ModuleType
 
@@ -13,6 +14,17 @@ from ais_jax.models.tokenizers import Tokenizer, left_pad
 from ais_jax.sampling.diffusion import check_prompt
 from ais_jax.sampling.types import Rollout
 from ais_jax.tasks import pose
+
+
+def after_thinking(text: str, opened: bool) -> str:
+    """What follows the last </think>: all of a text that does not think, "" if it never gets there.
+
+    `opened` says that it thinks from its beginning; otherwise a <think> of its own does.
+    """
+    _, mark, answer = text.rpartition("</think>")
+    if mark:
+        return answer
+    return "" if opened or "<think>" in text else text
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,6 +104,19 @@ class Prompter:
             mask[i, : len(ids)] = True
         logps = np.zeros(tokens.shape, np.float32)
         return Rollout(prompts, prompt_mask, tokens, mask, logps, np.zeros(len(examples), bool))
+
+    @functools.cached_property
+    def thinks(self) -> bool:
+        """Whether completions begin inside of a <think> that the template has opened."""
+        if not self.chat:
+            return False
+        text = self.tokenizer.render([{"role": "user", "content": "?"}], self.enable_thinking)  # type: ignore[attr-defined]
+        return "</think>" not in text.rpartition("<think>")[2] and "<think>" in text
+
+    def answers(self, completions: Sequence[str]) -> list[str]:
+        """What completions say after they have thought, see `after_thinking`."""
+        opened = self.thinks or self.enable_thinking is True
+        return [after_thinking(text, opened) for text in completions]
 
     def completions(self, rollout: Rollout) -> list[str]:
         """Text of each completion, up to its end token."""

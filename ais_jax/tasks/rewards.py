@@ -16,7 +16,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib
-import math
 import operator
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -30,6 +29,7 @@ from ais_jax.tasks import common, d1, verify
 RewardFn = Callable[[Sequence[str], Sequence[dict]], np.ndarray]
 
 OWN = ("task", "correct", "boxed", "format", "d1")
+_HEAVIEST = 1e6
 _FUNCTION = re.compile(r"[\w.]+:[\w.]+|\w+(?:\.\w+)+")
 
 
@@ -71,8 +71,8 @@ class Composition:
                 )
             if isinstance(weight, bool) or not isinstance(weight, int | float):
                 raise ValueError(f"{name}={weight!r} must be a number, the weight of this reward")
-            if not math.isfinite(weight):
-                raise ValueError(f"{name}={weight} must be finite")
+            if not abs(weight) <= _HEAVIEST:
+                raise ValueError(f"{name}={weight} must be finite, and at most {_HEAVIEST:g}")
         if not any(weight for _, weight in self.weights):
             raise ValueError("no reward has a weight other than 0: name one, such as correct: 1.0")
         names = [name for name, _ in self.weights]

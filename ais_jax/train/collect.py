@@ -72,7 +72,8 @@ def _sample_round(run: Run, copy, key, iterator, judge: Judge, phases: Phases) -
     examples = [example for example in posed for _ in range(c.group_size)]
     completions = run.prompter.completions(jax.tree.map(lambda x: x[own], rollout))
     began = time.perf_counter()
-    judged = distributed.gather(distributed.together(judge, completions, examples))
+    answers = run.prompter.answers(completions)
+    judged = distributed.gather(distributed.together(judge, answers, examples))
     reward_seconds = time.perf_counter() - began
     rewards, scores, terms = _penalized(run, judged, rollout)
     return Sampled(
@@ -81,13 +82,19 @@ def _sample_round(run: Run, copy, key, iterator, judge: Judge, phases: Phases) -
         _among(completions, own, len(keys)),
         rewards,
         reward=float(rewards.mean()),
-        accuracy=float(scores.mean()),
+        accuracy=_mean(scores),
         informative=float(grpo.informative_groups(rewards, c.group_size).mean()),
         count=int(np.asarray(rollout.mask).sum()),
         seconds=seconds,
         reward_seconds=reward_seconds,
         terms={name: float(values.mean()) for name, values in terms.items()},
     )
+
+
+def _mean(scores: np.ndarray) -> float:
+    """Of the completions that were scored at all."""
+    known = scores[np.isfinite(scores)]
+    return float(known.mean()) if known.size else 0.0
 
 
 def _pose(run: Run, iterator) -> tuple[list[dict], tuple[np.ndarray, np.ndarray]]:

@@ -88,6 +88,8 @@ class Rewarder:
     ) -> Judged:
         """Rewards, scores and terms; `score` is asked where the reward is not a composition.
 
+        The score of a row that has failed is NaN.
+
         Raises like a call.
         """
         found = self(completions, examples)
@@ -124,7 +126,11 @@ class Rewarder:
             f"the reward function failed for {len(errors)} of {len(completions)} completions, "
             f"for completion {row} by {first}"
         )
-        return fill(rewards, np.isin(np.arange(len(rewards)), list(errors)), self._group_size)
+        failed = np.isin(np.arange(len(rewards)), list(errors))
+        filled = fill(rewards, failed, self._group_size)
+        if isinstance(self._function, Composition):
+            filled[failed, -1] = np.nan  # a score is measured or unknown
+        return filled
 
     def _row_by_row(self, completions, examples) -> tuple[np.ndarray, dict[int, str]]:
         """Rewards [B] or [B, K], 0 where there is none, and why there is none by row."""

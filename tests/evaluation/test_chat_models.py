@@ -138,9 +138,7 @@ def test_what_a_model_thinks_is_no_answer(chat, tmp_path, monkeypatch):
 
 
 def test_diffusion_settings_are_for_diffusion_models(chat, llada, puzzles, tmp_path):
-    from ais_jax.sampling import DiffusionConfig
-
-    options = Options(("sudoku",), (8,), data=puzzles, diffusion=DiffusionConfig(8), batch_size=8)
+    options = Options(("sudoku",), (8,), data=puzzles, diffusion={"block_length": 8}, batch_size=8)
     with pytest.raises(UserError, match="--diffusion is for diffusion models"):
         evaluate(chat, options, tmp_path / "out")
     with pytest.raises(UserError, match="--lengths 12: "):

@@ -12,6 +12,7 @@ from ais_jax.evaluation import benchmarks, rescore
 from ais_jax.evaluation.run import Options, evaluate
 from ais_jax.models import LladaConfig, Qwen3Config, build, save_pretrained
 from ais_jax.models.tokenizers import CharTokenizer, save_char_tokenizer
+from ais_jax.sampling.prompts import after_thinking
 
 ALPHABET = "0123456789+-*="
 QWEN3 = Qwen3Config(
@@ -182,17 +183,17 @@ def test_an_unknown_benchmark_is_told():
 
 
 @pytest.mark.parametrize(
-    ("text", "thinking", "read"),
+    ("text", "opened", "read"),
     [
         ("so 3</think>\n\\boxed{4}", True, "\n\\boxed{4}"),
-        ("<think>3</think>4", None, "4"),
+        ("<think>3</think>4", False, "4"),
         ("still at 3", True, ""),
+        ("<think>maybe 3", False, ""),
         ("\\boxed{4}", False, "\\boxed{4}"),
-        ("\\boxed{4}", None, "\\boxed{4}"),
     ],
 )
-def test_only_what_follows_the_thinking_is_read(text, thinking, read):
-    assert benchmarks.without_thinking(text, thinking) == read
+def test_only_what_follows_the_thinking_is_read(text, opened, read):
+    assert after_thinking(text, opened) == read
 
 
 def test_published_files_are_whole(shared_file, monkeypatch):
