@@ -83,6 +83,14 @@ def _limit() -> None:
         resource.setrlimit(limit, (allowed, allowed))
 
 
+# Of the standard library and of packages, but not of the folder that somebody works in.
+_LIBRARIES = tuple(
+    {
+        os.path.realpath(path) + os.sep
+        for path in (sys.prefix, sys.base_prefix, *sys.path)
+        if path and os.path.realpath(path) != os.getcwd()
+    }
+)
 _STARTING = (
     "os.system",
     "os.exec",
@@ -91,12 +99,16 @@ _STARTING = (
     "subprocess.Popen",
     "socket.connect",
 )
-_LIBRARIES = tuple({os.path.realpath(x) + os.sep for x in (sys.prefix, sys.base_prefix, *sys.path)})
+
+_CHANGING = (
+    *("os.remove", "os.rmdir", "os.mkdir", "os.rename", "os.link", "os.symlink", "os.truncate"),
+    *("os.chmod", "os.chown", "os.kill", "os.killpg", "os.utime", "shutil.rmtree", "shutil.move"),
+)
 
 
 def _forbid(event: str, args: tuple) -> None:
     """An audit hook: nothing is started, and nothing opened but to read what Python imports."""
-    if event in _STARTING:
+    if event in _STARTING or event in _CHANGING:
         raise PermissionError(f"{event} has no place in a comparison")
     if event == "open":
         path, mode, flags = args

@@ -25,6 +25,8 @@ _EXHAUSTIVE = 5_000_000
 _DRAWS_PER_EXAMPLE = 200
 _FIRST_CHUNK, _LARGEST_CHUNK = 2**14, 2**19
 _BOXED_REACH = 20_000
+_PROSE = 1000
+_WORDS = re.compile("[A-Za-z]{2}")
 _BOXED = "\\boxed"
 _log = logging.getLogger(__name__)
 
@@ -288,14 +290,29 @@ def answer(completion: object) -> str:
 
     The text after the last `<answer>`, up to `</answer>` if it was closed, or else the whole
     completion; of that, the last `\\boxed{...}` with balanced braces, if one starts within its
-    last 20,000 characters.
+    last 20,000 characters; without either, the line after the last ####.
     """
     if not isinstance(completion, str):
         return ""
     tagged = _last_tagged(completion)
     text = completion if tagged is None else tagged
     boxed = last_boxed(text)
+    if tagged is None and boxed is None:
+        _, mark, after = text.rpartition("####")
+        text = after.strip().partition("\n")[0] if mark else text
     return (text if boxed is None else boxed).strip()
+
+
+def prose_answer(completion: object, pattern: re.Pattern) -> str | None:
+    """The last match of `pattern` in the last 1000 characters of a sentence; None if there is none.
+
+    A sentence has a word of two letters: what character models write is read as it stands.
+    """
+    if not isinstance(completion, str):
+        return None
+    text = completion[-_PROSE:]
+    found = [match[0] for match in pattern.finditer(text)] if _WORDS.search(text) else []
+    return found[-1] if found else None
 
 
 def marked(completion: str) -> str | None:

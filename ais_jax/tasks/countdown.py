@@ -24,6 +24,9 @@ ALPHABET = "0123456789+-*/() =:"
 
 _LARGEST_NUMBER = 1000  # four of them keep exact fractions within int64
 _RESULT = re.compile(r"\s*(-?[0-9]{1,18})\s*", re.ASCII)
+_EXPRESSION = re.compile(
+    r"[-(]*[0-9](?:(?:[0-9() +*/×·÷−-]|\\times|\\div|\\cdot)*[0-9)])?(?: *= *-?[0-9]+)?"
+)
 _WHOLE = re.compile(r"\s*[0-9]{1,9}\s*", re.ASCII)
 _FILE_LINE = (
     '{"input": "30,100,93", "output": "23"} or {"numbers": [30, 100, 93], "target": 23}, with '
@@ -242,7 +245,8 @@ def careless(example: dict) -> str:
 def reward(completions: Sequence[str], examples: Sequence[dict]) -> np.ndarray:
     """1 where the answer uses the given numbers once each and equals the target, else 0.
 
-    The answer is what `common.answer` finds; a closing "= 16" is tolerated if it is the target.
+    The answer is what `common.answer` finds, or of a sentence without a mark its last expression; a
+    closing "= 16" is tolerated if it is the target.
 
     Args:
       completions: B texts.
@@ -254,7 +258,17 @@ def reward(completions: Sequence[str], examples: Sequence[dict]) -> np.ndarray:
     Raises:
       ValueError: the lengths differ.
     """
-    return common.judge(completions, examples, lambda c, e: _solves(common.answer(c), e))
+    return common.judge(completions, examples, _is_right)
+
+
+def _is_right(completion: object, example: dict) -> bool:
+    text = common.answer(completion)
+    if _solves(text, example):
+        return True
+    # Marked answers are what they are; a sentence may end with an expression.
+    unmarked = isinstance(completion, str) and text == completion.strip()
+    said = common.prose_answer(completion, _EXPRESSION) if unmarked else None
+    return said is not None and _solves(said, example)
 
 
 def _solves(text: str, example: dict) -> bool:

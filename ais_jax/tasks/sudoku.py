@@ -24,6 +24,7 @@ MAX_ANSWER_LENGTH = 200
 _MOST_BLANKS = 12  # with fewer than four givens no 4x4 puzzle has a single solution
 _PUZZLE = re.compile(r"[0-4]{16}")
 _GRID = re.compile(r"[1-4]{16}")
+_GRID_IN_TEXT = re.compile(r"(?<![0-9])[1-4]{16}(?![0-9])")
 _FILE_LINE = (
     "Puzzle,Solution as 16 digits 0-4 and 16 digits 1-4 that agree (a spreadsheet drops leading "
     "zeros)"
@@ -197,9 +198,10 @@ def _fill_row(row: str) -> str:
 def reward(completions: Sequence[str], examples: Sequence[dict]) -> np.ndarray:
     """The share of blank cells that are filled as in the solution.
 
-    0 if the answer that `common.answer` finds is not 16 digits 1 to 4 (whitespace between them is
-    ignored, 200 characters are read at most) or if it changes a given cell. Of a puzzle with
-    several solutions, such as a quarter of those in d1's test file, the example's alone is right.
+    0 if the answer that `common.answer` finds, or the last grid of a sentence without a mark, is
+    not 16 digits 1 to 4 (whitespace between them is ignored, 200 characters are read at most) or if
+    it changes a given cell. Of a puzzle with several solutions, such as a quarter of those in d1's
+    test file, the example's alone is right.
 
     Args:
       completions: B texts.
@@ -256,7 +258,13 @@ MEASURES = {"cell_accuracy": cell_accuracy}
 
 def _answer(completion: object) -> str:
     text = common.answer(completion)
-    return "".join(text.split()) if len(text) <= MAX_ANSWER_LENGTH else ""
+    grid = "".join(text.split()) if len(text) <= MAX_ANSWER_LENGTH else ""
+    # Marked answers are what they are; a sentence may end with a grid.
+    unmarked = isinstance(completion, str) and text == completion.strip()
+    said = None
+    if unmarked and not _GRID.fullmatch(grid):
+        said = common.prose_answer(completion, _GRID_IN_TEXT)
+    return said or grid
 
 
 def _extends(grid: str, puzzle: str) -> bool:

@@ -1,12 +1,14 @@
 """The right answers of every published test file are accepted in every form, wrong ones are not."""
 
+import itertools
 import re
 from fractions import Fraction
 
 import numpy as np
 import pytest
 
-from ais_jax.tasks import aime25, amc, common, gsm8k, math
+from ais_jax.tasks import aime25, amc, common, countdown, gsm8k, math, sudoku
+from ais_jax.tasks.expression import ExpressionError, parse
 
 FILES = {
     "gsm8k/test.jsonl": (gsm8k, 1319),
@@ -84,6 +86,50 @@ def test_wrong_numbers_are_rejected(problems):
         for form in (*MARKED, PROSE[0]):
             texts = [form.format(text) for text in wrong]
             assert not task.score(texts, [example for example, _ in numbers]).any()
+
+
+FORMS = (*MARKED, "The final answer is {}.", "I have tried it, and so: {}")
+
+
+def solved(example: dict) -> str:
+    """An expression of three numbers for their target, by trying all."""
+    for a, b, c in itertools.permutations(example["numbers"]):
+        for first, second in itertools.product("+-*/", repeat=2):
+            for text in (f"({a}{first}{b}){second}{c}", f"{a}{first}({b}{second}{c})"):
+                try:
+                    if parse(text).value == example["target"]:
+                        return text
+                except ExpressionError:  # a division by zero
+                    pass
+    raise AssertionError(example)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_solutions_of_countdown_are_accepted(shared_file, form):
+    examples = countdown.load(shared_file("data/countdown/countdown_cd3_test.jsonl"))
+    texts = [form.format(solved(example)) for example in examples]
+    assert len(texts) == 256
+    assert countdown.score(texts, examples).all()
+    missed = [{**example, "target": example["target"] + 1} for example in examples]
+    assert not countdown.score(texts, missed).any()
+    others = [{**e, "numbers": [e["numbers"][0] + 1, *e["numbers"][1:]]} for e in examples]
+    assert not countdown.score(texts, others).any()
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(
+    ("name", "count"), [("4x4_test_sudoku.csv", 500), ("spg_test_sudoku_split_new.csv", 256)]
+)
+def test_solutions_of_sudoku_are_accepted(shared_file, name, count, form):
+    examples = sudoku.load(shared_file(f"data/sudoku/{name}"))
+    assert len(examples) == count
+    golds = [example["solution"] for example in examples]
+    assert sudoku.score([form.format(gold) for gold in golds], examples).all()
+    wrong = []
+    for example, gold in zip(examples, golds, strict=True):
+        blank = example["puzzle"].index("0")
+        wrong.append(f"{gold[:blank]}{int(gold[blank]) % 4 + 1}{gold[blank + 1 :]}")
+    assert not sudoku.score([form.format(text) for text in wrong], examples).any()
 
 
 @pytest.mark.parametrize("task", [math, amc, aime25])

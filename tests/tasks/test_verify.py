@@ -216,10 +216,16 @@ def test_the_process_has_little_memory_and_no_files(tmp_path):
         "write": "open('touched', 'w')",
         "descriptor": "os.open('touched', os.O_CREAT | os.O_WRONLY)",
         "read": "open('/etc/passwd')",
+        "own": "open('secret')",
+        "remove": "os.remove('secret')",
+        "rename": "os.rename('secret', 'touched')",
+        "folder": "os.mkdir('touched')",
+        "kill": "os.kill(os.getppid(), 9)",
         "start": "os.system('true')",
         "fork": "os.fork()",
         "import": "import colorsys",
     }
+    (tmp_path / "secret").touch()
     done = subprocess.run(
         [sys.executable, "-c", ASK, json.dumps(tries)],
         capture_output=True,
@@ -233,14 +239,31 @@ def test_the_process_has_little_memory_and_no_files(tmp_path):
         "write": "PermissionError",
         "descriptor": "PermissionError",
         "read": "PermissionError",
+        "own": "PermissionError",
+        "remove": "PermissionError",
+        "rename": "PermissionError",
+        "folder": "PermissionError",
+        "kill": "PermissionError",
         "start": "PermissionError",
         "fork": "PermissionError",
         "import": "done",
     }, done.stderr
-    assert list(tmp_path.iterdir()) == []
+    assert [path.name for path in tmp_path.iterdir()] == ["secret"]
 
 
 def test_lengths_must_agree():
     with pytest.raises(ValueError, match="1 answers for 2 golds"):
         verify.equal(["1", "2"], ["1"])
     assert verify.equal([], []).dtype == np.bool_
+
+
+def test_a_batch_of_endless_answers_ends(monkeypatch):
+    """A policy that learned to write them would otherwise hold its trainer up for hours."""
+    monkeypatch.setattr(verify, "TIMEOUT", 0.1)
+    monkeypatch.setattr(verify, "_known", {})
+    before = verify._process.lost
+    answers = [f"9^{{9^{{9^{{{n}}}}}}}" for n in range(10, 60)]
+    assert not verify.equal(["7"] * 50, answers).any()
+    assert verify._process.lost - before == 12
+    monkeypatch.setattr(verify, "TIMEOUT", 5.0)
+    assert verify.equal(["\\frac12"], ["0.5"]).tolist() == [True]  # the next batch is compared
