@@ -203,3 +203,25 @@ def test_mistakes_are_one_line_and_exit_code_2(args, part):
     assert result.returncode == 2
     assert len(result.stderr.strip().splitlines()) == 1, result.stderr
     assert part in result.stderr
+
+
+def test_a_template_that_opens_a_thought_is_noticed(chat):
+    from ais_jax.models.tokenizers import load_tokenizer
+    from ais_jax.sampling.prompts import Prompter
+    from ais_jax.tasks import sudoku
+
+    tokenizer = load_tokenizer(chat)
+    for thinking, thinks in ((True, True), (False, False), (None, False)):
+        prompter = Prompter(sudoku, tokenizer, 8, 8, chat=True, enable_thinking=thinking)
+        assert prompter.thinks == thinks
+        assert prompter.answers(["a</think>b", "c"]) == ["b", "" if thinks else "c"]
+    assert Prompter(sudoku, tokenizer, 8, 8).answers(["c"]) == ["c"]
+
+
+def test_settings_of_diffusion_replace_those_of_d1(llada, puzzles, tmp_path, posed):
+    changed = {"block_length": 16}
+    options = Options(("sudoku",), (32,), data=puzzles, batch_size=8, diffusion=changed)
+    folder = evaluate(llada, options, tmp_path / "out")
+    settings = posed[0][0].sampling.settings
+    assert (settings.block_length, settings.steps) == (16, 16)
+    assert json.loads((folder / "eval.json").read_text())["diffusion"] == changed

@@ -274,3 +274,89 @@ def test_generations_that_were_cut_are_scored_as_such(tmp_path):
             x.scorer: x.estimate.value for x in rescore.rescore([str(path)], "sudoku", str(data))
         }
         assert scored == {"own, accuracy": 0, "own, cell accuracy": 0.5, "d1, cell accuracy": want}
+
+
+def test_the_table_keeps_the_cells_of_before(qwen3, tmp_path):
+    folder = evaluate(qwen3, options(limit=4), tmp_path / "out")
+    evaluate(qwen3, options(limit=4, recipes=("int4",)), folder)
+    evaluate(qwen3, options(limit=4, lengths=(6,)), folder)
+    cells = [(r["recipe"], r["length"]) for r in results(folder)]
+    assert cells == [("none", 4), ("int4", 4), ("none", 6)]
+    assert "| rollout | Arithmetic / 4 | Arithmetic / 6 |" in (folder / "table.md").read_text()
+    (folder / "results.json").write_text("{}")
+    with pytest.raises(UserError, match=r"results\.json is damaged"):
+        evaluate(qwen3, options(limit=4), folder)
+
+
+def test_another_decoding_or_model_is_not_gone_on_with(llada, qwen3, tmp_path):
+    folder = evaluate(llada, options(limit=2), tmp_path / "out")
+    with pytest.raises(UserError, match=r"diffusion=None, not \{'steps': 2\}"):
+        evaluate(llada, options(limit=2, diffusion={"steps": 2}), folder)
+    with pytest.raises(UserError, match="holds an evaluation with model="):
+        evaluate(qwen3, options(limit=2), folder)
+    with pytest.raises(UserError, match="stepps: unknown key"):
+        evaluate(llada, options(limit=2, diffusion={"stepps": 2}), tmp_path / "other")
+
+
+@pytest.mark.parametrize("row", [{"index": "a"}, {"counts": {}}, {"tokens": "x"}, {"truncated": 1}])
+def test_rows_of_wrong_types_are_told(qwen3, tmp_path, row):
+    folder = evaluate(qwen3, options(limit=2), tmp_path / "out")
+    path = folder / "arithmetic-4-none.jsonl"
+    first = json.loads(path.read_text().splitlines()[0])
+    path.write_text(json.dumps({**first, **row}) + "\n")
+    with pytest.raises(UserError, match="line 1 is no generation"):
+        evaluate(qwen3, options(limit=2), folder)
+
+
+@pytest.mark.parametrize("changes", [{"seed": 2**31}, {"temperature": float("nan")},
+                                     {"temperature": float("inf")}])  # fmt: skip
+def test_numbers_out_of_range_are_told(changes):
+    name = next(iter(changes))
+    with pytest.raises(UserError, match=f"--{name}"):
+        options(**changes)
+
+
+def test_samples_of_a_problem_are_not_independent(tmp_path):
+    data, path = tmp_path / "problems.jsonl", tmp_path / "generations.jsonl"
+    problems = [{"question": f"{i} + 1?", "answer": f"#### {i + 1}"} for i in range(10)]
+    data.write_text("".join(json.dumps(problem) + "\n" for problem in problems))
+    rows = [{"index": i, "completion": "\\boxed{3}"} for i in range(10)]
+    errors = []
+    for samples in (1, 16):
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows * samples))
+        own, _ = rescore.rescore([str(path)], "gsm8k", str(data))
+        assert own.generations == 10 * samples
+        assert own.estimate.value == 0.1
+        errors.append(own.estimate.error)
+    assert errors[0] == errors[1]
+
+
+def test_thoughts_are_left_out_of_what_is_scored_again(tmp_path):
+    data, path = tmp_path / "problems.jsonl", tmp_path / "generations.jsonl"
+    data.write_text('{"question": "2 + 1?", "answer": "#### 3"}\n')
+    path.write_text('{"index": 0, "completion": "so 3, or", "truncated": true}\n')
+    for thinking, want in ((False, 1.0), (True, 0.0)):
+        (tmp_path / "eval.json").write_text(json.dumps({"thinking": thinking}))
+        own, _ = rescore.rescore([str(path)], "gsm8k", str(data))
+        assert own.estimate.value == want
+
+
+@pytest.mark.parametrize(
+    ("task", "row"),
+    [
+        ("gsm8k", {"question": "?", "generations": None, "ground_truth": 3.0}),
+        ("math500", {"question": "?", "generations": "", "ground_truth": None}),
+        ("countdown", {"question": "?", "generations": "", "ground_truth": [["a", 2], 3]}),
+        ("sudoku", {"question": "0" * 16, "generations": "", "ground_truth": "12"}),
+    ],
+)
+def test_malformed_generations_of_d1s_layout_are_told(tmp_path, task, row):
+    path = tmp_path / "generations.json"
+    path.write_text(json.dumps({"generations": [row]}))
+    with pytest.raises(UserError, match="is malformed"):
+        rescore.rescore([str(path)], task)
+    if task == "gsm8k":
+        path.write_text('{"index": -1, "completion": ""}\n')
+        (tmp_path / "data.jsonl").write_text('{"question": "?", "answer": "#### 3"}\n')
+        with pytest.raises(UserError, match="is malformed"):
+            rescore.rescore([str(path)], task, str(tmp_path / "data.jsonl"))
