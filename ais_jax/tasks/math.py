@@ -22,7 +22,10 @@ Options = common.FileOptions
 
 _LONGEST = 1000
 _INTEGER = re.compile("-?[0-9]+")
-_HEDGING = re.compile(r"_|=.*=|\[|\\lbrack|\\left *\[", re.DOTALL)
+_HEDGING = re.compile(
+    r"_|=.*=|\[|\\lbrack|[0-9](?:\s|~|\\[ ,;:]|\\q?quad)+[0-9]",
+    re.DOTALL,
+)
 _LETTERED = r"\\(?:text(?:bf|it|rm)?|mathrm|mathbf|mbox) *\{([^{}]*)\}"
 _SAME = [  # in this order
     (re.compile(r"\{,\}"), ","),
@@ -141,9 +144,11 @@ def _is_open(answer: str | None, right: str) -> bool:
     """Whether an answer that does not agree may be equal: two integers, most answers, are not.
 
     Of a right answer that is a number math-verify would also find what hedges: 10_2 for 10, x=3=2
-    for 2, [4,4] for 4.
+    for 2, [4,4] for 4, and 1 1 for 2 and for 11.
     """
-    if answer is None or all(map(_INTEGER.fullmatch, (answer, right))):
+    if answer is None or len(answer) > _LONGEST:
+        return False
+    if all(map(_INTEGER.fullmatch, (answer, right))):
         return False
     return not (common.number(right) is not None and _HEDGING.search(answer))
 
