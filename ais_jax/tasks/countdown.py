@@ -27,6 +27,7 @@ _RESULT = re.compile(r"\s*(-?[0-9]{1,18})\s*", re.ASCII)
 _EXPRESSION = re.compile(
     r"[-(]*[0-9](?:(?:[0-9() +*/×·÷−-]|\\times|\\div|\\cdot)*[0-9)])?(?: *= *-?[0-9]+)?"
 )
+_LISTED = re.compile(r"\[([0-9]+(?:(?: +|, *)[0-9]+)*)\]")  # a list in a CSV file
 _WHOLE = re.compile(r"\s*[0-9]{1,9}\s*", re.ASCII)
 _FILE_LINE = (
     '{"input": "30,100,93", "output": "23"} or {"numbers": [30, 100, 93], "target": 23}, with '
@@ -299,14 +300,18 @@ def load(path: str | os.PathLike) -> list[dict]:
 
 
 def _read_row(row: dict) -> dict:
-    if "input" in row:
+    # Where rows differ, Parquet has a null and CSV nothing in the columns that a row lacks.
+    if row.get("input") is not None:
         numbers = [_whole(x) for x in str(row["input"]).split(",")]
         return {"numbers": numbers, "target": _whole(row.get("output"))}
-    given = row.get("numbers", row.get("nums"))
+    given = row.get("nums") if row.get("numbers") is None else row["numbers"]
+    listed = _LISTED.fullmatch(given) if isinstance(given, str) else None
+    if listed:
+        given = re.split("[, ]+", listed[1])
     if not isinstance(given, list) or not given:
         raise ValueError("no numbers")
     example: dict = {"numbers": [_whole(x) for x in given], "target": _whole(row.get("target"))}
-    if "solution" in row:
+    if row.get("solution") not in (None, ""):
         example["solution"] = str(row["solution"])
         if not _solves(example["solution"], example):
             raise ValueError("not a solution")

@@ -8,6 +8,7 @@ import itertools
 import json
 import os
 import pathlib
+import re
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -17,6 +18,7 @@ from ais_jax.errors import UserError
 TOLERANCE = 0.01
 _NAMED = 5
 _HUB = "hf:"
+_DATASET = re.compile(r"hf:([^:\[]+)(?::([^:\[]+))?:([^:\[]+(?:\[[^\[]*\])?)")  # test, test[:100]
 
 ReadRow = Callable[[dict], dict]
 
@@ -101,7 +103,7 @@ def _examples(
 def _reader(path: str | os.PathLike) -> Callable[[Any, str], Iterator[tuple[int, Any]]]:
     if is_hub(path):
         return _hub
-    return {".csv": _csv, ".parquet": _parquet}.get(pathlib.Path(path).suffix, _json_lines)
+    return {".csv": _csv, ".parquet": _parquet}.get(pathlib.Path(path).suffix.lower(), _json_lines)
 
 
 def is_hub(source: str | os.PathLike) -> bool:
@@ -111,34 +113,38 @@ def is_hub(source: str | os.PathLike) -> bool:
 
 def _hub(source: str, expected: str) -> Iterator[tuple[int, dict[str, Any]]]:
     """(number, values by column) of the rows of hf:NAME[:CONFIG]:SPLIT."""
-    name, *config, split = source.removeprefix(_HUB).split(":") + [""] * (source.count(":") < 2)
-    if not name or not split or len(config) > 1:
+    match = _DATASET.fullmatch(source)
+    if match is None:
         raise UserError(f"{source} is no dataset: write hf:NAME:SPLIT or hf:NAME:CONFIG:SPLIT")
+    name, config, split = match.groups()
     try:
         import datasets
     except ImportError:
         raise UserError(f"{source} needs datasets; pip install 'ais-jax[hub]'") from None
     try:
-        rows = datasets.load_dataset(name, *config, split=split)
+        rows = datasets.load_dataset(name, config, split=split)
         yield from enumerate((dict(row) for row in rows), 1)
     except Exception as error:  # of the network, of the hub, of a file there
         problem = str(error).strip().split("\n")[0] or type(error).__name__
         raise UserError(
-            f"{source} cannot be read: {problem}; without a network, name a downloaded file"
+            f"{source} cannot be read: {problem}; correct it, or download a file and name that"
         ) from None
 
 
 def _csv(path: str | os.PathLike, expected: str) -> Iterator[tuple[int, Any]]:
     """(number of the last line, texts by column) of the rows that are not blank."""
-    lines = csv.reader(io.StringIO(read_text(path, f"a CSV file with {expected}"), newline=""))
+    text = read_text(path, f"a CSV file with {expected}")
+    lines = csv.reader(io.StringIO(text, newline=""))
+    most = csv.field_size_limit(len(text))  # of all readers: it is put back before any row is used
     try:
-        header = next(lines, [])
-        for row in lines:
-            if row:
-                whole = len(row) == len(header)
-                yield lines.line_num, dict(zip(header, row, strict=True)) if whole else row
-    except csv.Error as error:
-        raise line_error(path, lines.line_num, error, expected) from None
+        found = [(lines.line_num, row) for row in lines if row]
+    finally:
+        csv.field_size_limit(most)
+    (_, header), *rows = found or [(1, [])]
+    if not rows:
+        raise line_error(path, 1, ",".join(header), f"a header and rows with {expected}")
+    for number, row in rows:
+        yield number, dict(zip(header, row, strict=True)) if len(row) == len(header) else row
 
 
 def _json_lines(path: str | os.PathLike, expected: str) -> Iterator[tuple[int, bytes]]:

@@ -353,6 +353,21 @@ def test_own_files_come_back(tmp_path):
     assert countdown.load(path) == [{"numbers": [1, 2, 3], "target": 6}]
 
 
+def test_rows_of_tables_lack_values(tmp_path):
+    """A table has a column wherever one of its rows has a value."""
+    path = tmp_path / "problems.jsonl"
+    path.write_text(
+        '{"input": null, "output": null, "numbers": [1, 2], "nums": null, "target": 3}\n'
+        '{"input": null, "numbers": null, "nums": [1, 2], "target": 3, "solution": "1+2"}\n'
+        '{"numbers": [1, 2], "target": 3, "solution": null}\n'
+    )
+    example = {"numbers": [1, 2], "target": 3}
+    assert countdown.load(path) == [example, {**example, "solution": "1+2"}, example]
+    path = tmp_path / "problems.csv"
+    path.write_text('nums,target,solution\n"[1, 2]",3,1+2\n[1  2],3,\n')
+    assert countdown.load(path) == [{**example, "solution": "1+2"}, example]
+
+
 @pytest.mark.parametrize(
     "line",
     [
@@ -373,9 +388,10 @@ def test_own_files_come_back(tmp_path):
         '{"numbers": [1, 2], "target": null}',
         '{"numbers": [1, 2], "target": ' + "9" * 5000 + "}",
         '{"numbers": [1, 2], "target": 3, "solution": "1*2"}',
-        '{"numbers": [1, 2], "target": 3, "solution": null}',
+        '{"numbers": "[1, 2", "target": 3}',
+        '{"numbers": "[1, -2]", "target": 3}',
     ],
-    ids=range(18),
+    ids=range(19),
 )
 def test_malformed_lines(tmp_path, line):
     path = tmp_path / "problems.jsonl"

@@ -3,6 +3,7 @@
 import csv
 import json
 import logging
+import re
 import sys
 import types
 
@@ -119,8 +120,23 @@ def test_csv_holds_the_same_problems(tmp_path):
         *rows(30),
         {"question": 'Two\nlines, "quoted"?', "answer": "#### 1"},
     ]
+
+
+def test_csv_fields_are_of_any_size(tmp_path):
+    path = tmp_path / "test.csv"
+    limit = csv.field_size_limit()
     path.write_text('question,answer\n"' + "x" * 200_000 + '",#### 1\n')
-    with pytest.raises(UserError, match=r"test\.csv, line 2: 'field larger"):
+    assert gsm8k.load(path) == [{"question": "x" * 200_000, "answer": "#### 1"}]
+    assert csv.field_size_limit() == limit
+
+
+def test_malformed_csv(tmp_path):
+    path = tmp_path / "test.csv"
+    path.write_text("\n\r\nquestion,answer\r\n\nWhat?,#### 1\ra\x00,")  # a torn last row
+    with pytest.raises(UserError, match=rf"test\.csv, line 6: .*{EXPECTED}"):
+        gsm8k.load(path)
+    path.write_text("answer,quest\n#### 1,What?\n")
+    with pytest.raises(UserError, match=rf"line 2: .*'quest': 'What\?'.*{EXPECTED}"):
         gsm8k.load(path)
 
 
@@ -147,8 +163,8 @@ def hub(monkeypatch):
     """What a stand-in for the datasets library was asked for; it has one dataset."""
     asked = []
 
-    def load_dataset(name, *config, split):
-        asked.append((name, *config, split))
+    def load_dataset(name, config, split):  # nor trust_remote_code
+        asked.append((name, config, split))
         if name != "openai/gsm8k":
             raise ConnectionError("Couldn't reach the Hub\nafter 5 tries")
         return rows(3)
@@ -162,17 +178,22 @@ def hub(monkeypatch):
 def test_a_dataset_of_the_hub_is_read_as_a_file_is(hub):
     assert gsm8k.load("hf:openai/gsm8k:main:test") == rows(3)
     assert gsm8k.load("hf:openai/gsm8k:test") == rows(3)
-    assert hub == [("openai/gsm8k", "main", "test"), ("openai/gsm8k", "test")]
+    assert gsm8k.load("hf:openai/gsm8k:test[:3]") == rows(3)
+    assert [asked[1:] for asked in hub] == [("main", "test"), (None, "test"), (None, "test[:3]")]
     options = gsm8k.Options(path="hf:openai/gsm8k:main:train")
     found = gsm8k.generate(2, 0, options=options)
     assert len(found) == 2 and all(example in rows(3) for example in found)
 
 
 def test_a_dataset_that_cannot_be_read_is_one_line(hub, monkeypatch):
-    with pytest.raises(UserError, match=r"hf:no/such:test cannot be read: Couldn't reach .*file"):
+    with pytest.raises(
+        UserError, match=r"hf:no/such:test cannot be read: Couldn't reach .*download a file"
+    ):
         gsm8k.load("hf:no/such:test")
-    for source in ("hf:", "hf:name", "hf:a:b:c:d", "hf::test", "hf:name:"):
-        with pytest.raises(UserError, match=rf"{source} is no dataset: write hf:NAME:SPLIT"):
+    for source in ["hf:", "hf:a", "hf:a:b:c:d", "hf::test", "hf:a:", "hf:a:test[", "hf:a:[:2]"]:
+        with pytest.raises(
+            UserError, match=rf"{re.escape(source)} is no dataset: write hf:NAME:SPLIT"
+        ):
             gsm8k.load(source)
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(UserError, match=r"hf:a:test needs datasets; pip install 'ais-jax\[hub\]'"):

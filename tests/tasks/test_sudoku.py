@@ -313,16 +313,30 @@ def test_files_that_cannot_be_read(tmp_path):
         sudoku.load(tmp_path / "none.csv")
     path = tmp_path / "puzzles.csv"
     for text, message in (
-        ("", "line 1: ''; expected Puzzle,Solution"),
-        (f"{PUZZLE},{SOLUTION}\n", "line 1: ''; expected Puzzle,Solution"),
+        ("", "line 1: ''; expected a header and rows with Puzzle,Solution"),
+        (f"{PUZZLE},{SOLUTION}\n", f"line 1: '{PUZZLE},{SOLUTION}'; expected a header and rows"),
+        (f"task,grid\n{PUZZLE},{SOLUTION}\n", "line 2: .*'task': .*expected Puzzle,Solution"),
         (f"{PUZZLE},{SOLUTION}\n" * 2, "line 2: .*expected Puzzle,Solution"),
-        ("Puzzle,Solution\n", "line 1: ''; expected"),
+        ("Puzzle,Solution\n", "line 1: 'Puzzle,Solution'; expected a header and rows"),
     ):
         path.write_text(text, encoding="utf-8")
         with pytest.raises(UserError, match=message):
             sudoku.load(path)
     path.write_bytes(f"\ufeffPuzzle,Solution\r\n{PUZZLE},{SOLUTION}\r\n".encode())
     assert sudoku.load(path) == [EXAMPLE]
+
+
+def test_other_kinds_of_files(tmp_path):
+    path = tmp_path / "puzzles.CSV"
+    example = {"puzzle": "0001210302040410", "solution": "4321214312343412"}
+    path.write_text(f"level,puzzle,solution\n1,{example['puzzle']},{example['solution']}\n")
+    assert sudoku.load(path) == [example]  # zeros that lead are kept
+    path = tmp_path / "puzzles.jsonl"
+    path.write_text(json.dumps({"Puzzle": PUZZLE, "Solution": SOLUTION}) + "\n")
+    assert sudoku.load(path) == [EXAMPLE]
+    path.write_text('{"puzzle": 1210302040410, "solution": 4321214312343412}\n')
+    with pytest.raises(UserError, match=r"line 1: .*a spreadsheet drops leading zeros"):
+        sudoku.load(path)
 
 
 def test_the_careless_answer_fills_rows_and_keeps_what_is_given():
