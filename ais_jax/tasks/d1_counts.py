@@ -134,8 +134,15 @@ def _equation_is_right(text: str, example: dict) -> bool:
     equation = _left_side(equation)
     if not uses(equation, example["numbers"]):
         return False
-    value = value_of(equation)
-    return value is not None and abs(value - example["target"]) < TOLERANCE
+    return reaches(value_of(equation), example["target"])
+
+
+def reaches(value: complex | None, target: int) -> bool:
+    """Whether a value is the target, but for rounding."""
+    try:
+        return value is not None and abs(value - target) < TOLERANCE
+    except OverflowError:  # of a complex number
+        return False
 
 
 def _left_side(equation: str) -> str:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from ais_jax.tasks import common, d1_math, gsm8k
-from ais_jax.tasks.d1_counts import REACH, TOLERANCE, check_task, right_cells, uses, value_of
+from ais_jax.tasks.d1_counts import REACH, check_task, reaches, right_cells, uses, value_of
 from ais_jax.tasks.expression import ExpressionError, parse
 
 Rewards = dict[str, Callable[[Sequence[str], Sequence[dict]], np.ndarray]]
@@ -142,7 +142,7 @@ def _equation(text: str, example: dict, compat: bool) -> float:
     if not compat:
         return _mended_equation(answer, example)
     value = value_of(answer) if uses(answer, example["numbers"]) else None
-    return 1.0 if value is not None and abs(value - example["target"]) < TOLERANCE else 0.1
+    return 1.0 if reaches(value, example["target"]) else 0.1
 
 
 def _mended_equation(answer: str, example: dict) -> float:

@@ -170,6 +170,7 @@ def test_countdown(text, want):
         ("2**65", [2, 65], 2**65, 1),
         ("1**87+50", [1, 87, 50], 51, 1),
         ("50+2**-99", [50, 2, 99], 50, 1),
+        ("(-56)**(74/.42)*2", [56, 74, 42, 2], 50, 0),  # complex, and too large for abs
         ("99**99**99", [99, 99, 99], 1, 0),  # powers are bounded
         ("2**9999-2**9999", [2, 9999, 2, 9999], 0, 0),
         ("(1,2)", [1, 2], 3, 0),
@@ -182,6 +183,8 @@ def test_countdown(text, want):
 def test_arithmetic_is_pythons_but_bounded(text, numbers, target, want):
     example = {"numbers": numbers, "target": target}
     assert right("countdown", f"\\boxed{{{text}}}", example) == (want, 1)
+    reward = each("countdown", True, f"<answer>{text}</answer>", example)["equation"]
+    assert reward == pytest.approx(1 if want else 0.1)
 
 
 @pytest.mark.parametrize(
