@@ -1,11 +1,29 @@
-"""How a process that works for a trainer lives and dies. No JAX in here."""
+"""How a process that works for another begins, lives and ends. No JAX in here."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
+
+
+def environment(**changes: str) -> dict[str, str]:
+    """That of a child that finds the modules found here, and takes no accelerator away."""
+    paths = os.pathsep.join(path or os.getcwd() for path in sys.path)
+    return {**os.environ, "PYTHONPATH": paths, "JAX_PLATFORMS": "cpu", **changes}
+
+
+def bury(process: subprocess.Popen) -> None:
+    """Waits for a child that has been killed, and closes what it was spoken to by."""
+    process.wait()
+    for pipe in (process.stdin, process.stdout):
+        if pipe is not None:
+            with contextlib.suppress(BrokenPipeError):
+                pipe.close()
 
 
 def live_with(parent: int) -> None:

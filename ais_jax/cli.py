@@ -147,8 +147,36 @@ def _report(args) -> int:
 
 _MODEL = "a checkpoint folder in Hugging Face format, a GGUF file, or the folder of a run"
 
-_DTYPE = "of parameters and activations; default float32 on a CPU, bfloat16 elsewhere"
-_DIFFUSION = "of diffusion models, keys of rollout.diffusion: block_length=32 steps=64 ..."
+
+def _add_sampling(command) -> None:
+    add = command.add_argument
+    add("--thinking", choices=("on", "off"), help="enable_thinking of the chat template")
+    add("--temperature", type=float, default=0.0, metavar="T", help="default 0, greedy")
+    add("--top-k", type=int, default=0, metavar="K", help="draw from the K most probable tokens")
+    add("--top-p", type=float, default=1.0, metavar="P", help="from the fewest that reach P")
+    add("--seed", type=int, default=0, metavar="N", help="default 0")
+    add(
+        "--dtype",
+        choices=("bfloat16", "float32"),
+        help="of parameters and activations; default float32 on a CPU, bfloat16 elsewhere",
+    )
+    add(
+        "--diffusion",
+        nargs="+",
+        default=[],
+        metavar="KEY=VALUE",
+        help="of diffusion models, keys of rollout.diffusion: block_length=32 steps=64 ...",
+    )
+
+
+def _thinking(args) -> bool | None:
+    return None if args.thinking is None else args.thinking == "on"
+
+
+def _dtype(args) -> str:
+    import jax
+
+    return args.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
 
 
 def _add_generate(commands) -> None:
@@ -159,18 +187,12 @@ def _add_generate(commands) -> None:
     add("model", help=_MODEL)
     add("prompt", help="a user's turn, where the model has a chat template")
     add("--system", metavar="TEXT", help="system message")
-    add("--thinking", choices=("on", "off"), help="enable_thinking of the chat template")
     add("--raw", action="store_true", help="continue the prompt as it is, without a template")
     add("--recipe", default="none", help="quantization: fp8, int8, ..., or auto (default none)")
     add("--max-new-tokens", type=int, default=256, metavar="N", help="default 256")
-    add("--temperature", type=float, default=0.0, metavar="T", help="default 0, greedy")
-    add("--top-k", type=int, default=0, metavar="K", help="draw from the K most probable tokens")
-    add("--top-p", type=float, default=1.0, metavar="P", help="from the fewest that reach P")
     add("--min-p", type=float, default=0.0, metavar="P", help="from those with P of the largest")
     add("--samples", type=int, default=1, metavar="N", help="completions, default 1")
-    add("--seed", type=int, default=0, metavar="N", help="default 0")
-    add("--dtype", choices=("bfloat16", "float32"), help=_DTYPE)
-    add("--diffusion", nargs="+", default=[], metavar="KEY=VALUE", help=_DIFFUSION)
+    _add_sampling(generate)
     generate.set_defaults(run=_generate)
 
 
@@ -196,11 +218,9 @@ def _generate(args) -> int:
         min_p=args.min_p,
         diffusion=_diffusion(args.diffusion),
     )
-    dtype = args.dtype or ("float32" if backend == "cpu" else "bfloat16")
-    policy = policies.load_policy(args.model, dtype)
+    policy = policies.load_policy(args.model, _dtype(args))
     tokenizer = policies.need_tokenizer(policy, args.model)
-    thinking = None if args.thinking is None else args.thinking == "on"
-    ids = generate.prompt_ids(tokenizer, args.prompt, args.system, thinking, args.raw)
+    ids = generate.prompt_ids(tokenizer, args.prompt, args.system, _thinking(args), args.raw)
     _keep_compiled()
     result = generate.generate(policy.structure, policy.params, tokenizer, ids, options)
     for text in result.texts:
@@ -238,26 +258,18 @@ def _add_eval(commands) -> None:
     add("--lengths", default="256", metavar="N,...", help="most tokens of a completion, each alone")
     add("--recipe", default="none", metavar="NAMES", help="with commas, such as none,fp8")
     add("--protocol", choices=("own", "d1"), help="prompts and scorer; d1 for diffusion models")
-    add("--thinking", choices=("on", "off"), help="enable_thinking of the chat template")
     add("--samples", type=int, default=1, metavar="N", help="completions of a problem, default 1")
-    add("--temperature", type=float, default=0.0, metavar="T", help="default 0, greedy")
-    add("--top-k", type=int, default=0, metavar="K", help="draw from the K most probable tokens")
-    add("--top-p", type=float, default=1.0, metavar="P", help="from the fewest that reach P")
     add("--data", metavar="SOURCE", help="a file, hf:NAME[:CONFIG]:SPLIT, or generated:N")
     add("--limit", type=int, metavar="N", help="only the first N problems")
     add("--batch-size", type=int, default=32, metavar="N", help="completions at a time, default 32")
     add("--tensor", type=int, default=1, metavar="N", help="devices that share each layer")
-    add("--seed", type=int, default=0, metavar="N", help="default 0")
-    add("--dtype", choices=("bfloat16", "float32"), help=_DTYPE)
     add("--output", metavar="DIR", help="folder of the results; one that is there goes on")
-    add("--diffusion", nargs="+", default=[], metavar="KEY=VALUE", help=_DIFFUSION)
+    _add_sampling(evaluate)
     evaluate.set_defaults(run=_eval)
 
 
 def _eval(args) -> int:
     memory.keep_freed()
-    import jax
-
     from ais_jax.evaluation import run
 
     options = run.Options(
@@ -269,17 +281,16 @@ def _eval(args) -> int:
         top_k=args.top_k,
         top_p=args.top_p,
         protocol=args.protocol,
-        thinking=None if args.thinking is None else args.thinking == "on",
+        thinking=_thinking(args),
         data=args.data,
         limit=args.limit,
         batch_size=args.batch_size,
         seed=args.seed,
-        diffusion=dict(_changes(args.diffusion)),
+        diffusion=_changes(args.diffusion),
         tensor=args.tensor,
     )
-    dtype = args.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
     _keep_compiled()
-    run.say(run.evaluate(args.model, options, args.output, dtype))
+    run.say(run.evaluate(args.model, options, args.output, _dtype(args)))
     return 0
 
 

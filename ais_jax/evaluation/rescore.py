@@ -102,7 +102,8 @@ def _read(path: pathlib.Path, benchmark: Benchmark, data: str | None) -> list[_R
 def _thinking(path: pathlib.Path) -> bool:
     """Whether completions begin within a thought, as eval.json beside them says."""
     settings = path.parent / generations.SETTINGS
-    return settings.is_file() and bool(json.loads(settings.read_bytes()).get("thinking"))
+    found = json.loads(settings.read_bytes()) if settings.is_file() else {}
+    return bool(found.get("thinking") or found.get("opens_thought"))
 
 
 def _of_ours(

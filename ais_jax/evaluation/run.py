@@ -21,7 +21,7 @@ from ais_jax.evaluation.benchmarks import Benchmark
 from ais_jax.evaluation.generations import Generation
 from ais_jax.mesh import MeshConfig
 from ais_jax.models import Model
-from ais_jax.models.tokenizers import TextTokenizer, Tokenizer
+from ais_jax.models.tokenizers import Tokenizer
 from ais_jax.recipes import RECIPES
 from ais_jax.sampling import DiffusionConfig, Policy, sampling_config, sampling_copy
 from ais_jax.sampling.prompts import Prompter
@@ -120,11 +120,8 @@ class _Loaded:
     mesh: jax.sharding.Mesh | None
     trained_with: config_lib.Config | None
     protocol: str
-
-    @property
-    def chat(self) -> bool:
-        """Whether there is a chat template."""
-        return isinstance(self.tokenizer, TextTokenizer) and self.tokenizer.has_chat_template
+    thinking: bool | None  # as asked for, or as the run was trained
+    system: str | None
 
 
 def evaluate(
@@ -148,6 +145,7 @@ def evaluate(
     examples = {name: _examples(x, loaded, options) for name, x in posed.items()}
     measures = {name: benchmarks.counts_of(x, loaded.protocol) for name, x in posed.items()}
     samplings = {length: _sampling(loaded, options, length) for length in options.lengths}
+    prompters = {name: _prompter(x, loaded) for name, x in posed.items()}
     folder = pathlib.Path(output or _free_name(model))
     done = {
         "model": model,
@@ -155,6 +153,7 @@ def evaluate(
         "protocol": loaded.protocol,
         "dtype": dtype,
         **options.recorded(),
+        "opens_thought": all(p.opens_thought for p in prompters.values()),
     }
     generations.open_folder(folder, done)
     results = []
@@ -168,6 +167,7 @@ def evaluate(
                         copy,
                         _Unit(name, benchmark, length, recipe, measures[name]),
                         examples[name],
+                        dataclasses.replace(prompters[name], max_new_tokens=length),
                         loaded,
                         options,
                         folder,
@@ -202,14 +202,18 @@ def _load(model: str, options: Options, dtype: str) -> _Loaded:
     tokenizer = policies.need_tokenizer(policy, model)
     folder = pathlib.Path(model)
     trained = config_lib.load(folder / "config.yaml") if policies.is_run(folder) else None
-    chat = isinstance(tokenizer, TextTokenizer) and tokenizer.has_chat_template
+    chat = tokenizer.has_chat_template
     protocol = options.protocol
     if protocol is None:
         protocol = "d1" if policy.model.mask_id is not None and chat else "own"
     if options.thinking is not None and not chat:
         raise UserError(f"--thinking needs a chat template, and {model} has none")
     structure = dataclasses.replace(policy.structure, mesh=mesh)
-    return _Loaded(policy, tokenizer, structure, mesh, trained, protocol)
+    thinking, system = options.thinking, None
+    if trained is not None and protocol == "own":  # d1's prompts are what they are
+        thinking = trained.task.enable_thinking if thinking is None else thinking
+        system = trained.task.system
+    return _Loaded(policy, tokenizer, structure, mesh, trained, protocol, thinking, system)
 
 
 def _examples(benchmark: Benchmark, loaded: _Loaded, options: Options) -> list[dict]:
@@ -259,6 +263,7 @@ def _evaluate_one(
     copy,
     unit: _Unit,
     examples: list[dict],
+    prompter: Prompter,
     loaded: _Loaded,
     options: Options,
     folder: pathlib.Path,
@@ -274,7 +279,6 @@ def _evaluate_one(
     missing = [pair for pair in wanted if pair not in done]
     sampled, seconds = 0, 0.0
     label = f"{unit.benchmark.title} {unit.length} {unit.recipe}"
-    prompter = _prompter(task, loaded, options, unit.length)
     if missing:
         prompter = prompter.fitting(examples)
     headline = next(iter(unit.measures))
@@ -354,20 +358,25 @@ def _keys(seed: jax.Array, pairs: jax.Array) -> jax.Array:
     return jax.vmap(lambda pair: fold(fold(jax.random.key(seed), pair[0]), pair[1]))(pairs)
 
 
-def _prompter(task, loaded: _Loaded, options: Options, length: int) -> Prompter:
-    trained, style = loaded.trained_with, "instruct" if loaded.chat else "compact"
+def _prompter(benchmark: Benchmark, loaded: _Loaded) -> Prompter:
+    """How the problems are put; lengths come later."""
+    trained, style = (
+        loaded.trained_with,
+        "instruct" if loaded.tokenizer.has_chat_template else "compact",
+    )
     if loaded.protocol == "d1":
         style = "d1_eval"
     elif trained is not None and trained.task.style is not None:
         style = trained.task.style
     return Prompter(
-        task,
+        tasks.get_task(benchmark.task),
         loaded.tokenizer,
         max_prompt_tokens=1,  # grows to the longest prompt
-        max_new_tokens=length,
+        max_new_tokens=1,
         style=style,
-        chat=loaded.chat and style != "compact",
-        enable_thinking=options.thinking,
+        chat=loaded.tokenizer.has_chat_template and style != "compact",
+        enable_thinking=loaded.thinking,
+        system=loaded.system,
         mask_id=loaded.policy.model.mask_id,
     )
 

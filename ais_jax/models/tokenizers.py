@@ -48,6 +48,10 @@ class Tokenizer(Protocol):
     def eos_ids(self) -> tuple[int, ...]:
         """All ids that end a completion, `eos_id` first."""
 
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether it is a `TextTokenizer` that can `chat`."""
+
     def encode(self, text: str) -> list[int]:
         """Ids of `text`. None are added; special tokens written in it become their id."""
 
@@ -62,6 +66,7 @@ class CharTokenizer:
     alphabet: str
     pad_id: ClassVar[int] = 0
     eos_id: ClassVar[int] = 1
+    has_chat_template: ClassVar[bool] = False
 
     @property
     def size(self) -> int:

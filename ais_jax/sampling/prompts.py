@@ -115,8 +115,12 @@ class Prompter:
 
     def answers(self, completions: Sequence[str]) -> list[str]:
         """What completions say after they have thought, see `after_thinking`."""
-        opened = self.thinks or self.enable_thinking is True
-        return [after_thinking(text, opened) for text in completions]
+        return [after_thinking(text, self.opens_thought) for text in completions]
+
+    @property
+    def opens_thought(self) -> bool:
+        """Whether a completion that says nothing of thinking has not got beyond it."""
+        return self.thinks or self.enable_thinking is True
 
     def completions(self, rollout: Rollout) -> list[str]:
         """Text of each completion, up to its end token."""

@@ -20,7 +20,8 @@ jax.
     reward(completions, examples) -> float32 [B], in [0, 1]
     score(completions, examples) -> float32 [B], 1 where the problem is solved, else 0
     load(path) -> list[dict]    examples of an evaluation file
-    EVAL_FILE                   name of the published test file, under ./ or $AIS_SHARED
+    cells(completions, examples) -> (right [B], total [B])
+                                optional: of how many parts of each problem how many are right
     MEASURES                    optional: further measures by name, (completions, examples) -> float
     gold(example) -> str        optional: the right answer, where there is one alone
     extract(completion) -> str | None

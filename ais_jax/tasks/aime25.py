@@ -7,9 +7,7 @@ the same form.
 
 from __future__ import annotations
 
-from collections.abc import Collection
-
-from ais_jax.tasks import common, math
+from ais_jax.tasks import common
 from ais_jax.tasks.math import (
     ALPHABET,
     careless,
@@ -19,6 +17,7 @@ from ais_jax.tasks.math import (
     key,
     load,
     prompt,
+    read_training,
     reward,
     score,
 )
@@ -40,15 +39,4 @@ __all__ = [
     "score",
 ]
 
-
-def generate(
-    count: int,
-    seed: int,
-    split: str = "train",
-    options: Options = Options(),
-    exclude: Collection[str] = (),
-) -> list[dict]:
-    """Problems of the file `task.aime25.path`, as `math.generate` takes those of its own."""
-    return common.take_from_file(
-        options.path, "task.aime25.path", math.read_training, count, seed, split, exclude, key
-    )
+generate = common.generate_from_file("task.aime25.path", read_training, key)

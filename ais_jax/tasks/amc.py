@@ -7,9 +7,7 @@ such problems as `math` reads, and answers are judged as `math` judges them.
 
 from __future__ import annotations
 
-from collections.abc import Collection
-
-from ais_jax.tasks import common, math
+from ais_jax.tasks import common
 from ais_jax.tasks.math import (
     ALPHABET,
     careless,
@@ -19,6 +17,7 @@ from ais_jax.tasks.math import (
     key,
     load,
     prompt,
+    read_training,
     reward,
     score,
 )
@@ -40,15 +39,4 @@ __all__ = [
     "score",
 ]
 
-
-def generate(
-    count: int,
-    seed: int,
-    split: str = "train",
-    options: Options = Options(),
-    exclude: Collection[str] = (),
-) -> list[dict]:
-    """Problems of the file `task.amc.path`, as `math.generate` takes those of its own."""
-    return common.take_from_file(
-        options.path, "task.amc.path", math.read_training, count, seed, split, exclude, key
-    )
+generate = common.generate_from_file("task.amc.path", read_training, key)

@@ -194,27 +194,54 @@ def take(
     return taken
 
 
-def take_from_file(
-    name: str | None,
-    setting: str,
-    read: Callable[[str | pathlib.Path], Reading],
-    count: int,
-    seed: int,
-    split: str,
-    exclude: Collection[str],
-    key: Callable[[dict], str],
-) -> list[dict]:
-    """`count` problems of a file in random order, of the split, not excluded, no key twice.
+def generate_from_file(setting: str, read: Callable[[Any], Reading], key: Callable[[dict], str]):
+    """`generate` of a task whose training problems are read.
 
     Args:
-      name: the file or dataset, looked up by `locate`.
-      setting: the key of the configuration that names it, for errors.
+      setting: the key of the configuration that names the file, for errors.
       read: reads it.
-
-    Raises:
-      UserError: there is no such file, or `read` refuses it.
-      ValueError: it has fewer, or an argument is out of range.
+      key: of a problem.
     """
+
+    def generate(
+        count: int,
+        seed: int,
+        split: str = "train",
+        options: FileOptions = FileOptions(),
+        exclude: Collection[str] = (),
+    ) -> list[dict]:
+        """Problems of the file in random order, all different.
+
+        Args:
+          count: how many.
+          seed: same arguments and file, same examples, on every platform.
+          split: "train" or "heldout", about one problem in five; they share no `key`.
+          options: which file or dataset, looked up by `common.locate`.
+          exclude: keys that must not appear, such as those of evaluation files.
+
+        Raises:
+          UserError: the file is not named, absent or malformed.
+          ValueError: it has fewer than `count`, or an argument is out of range.
+        """
+        rows, left_out = read(_located(options.path, setting))
+        if left_out and split == "train":  # the same file is read again for the held-out ones
+            _log.warning(left_out)
+        return take(
+            lambda chunks: (rows[i] for indices in chunks for i in indices),
+            size=len(rows),
+            count=count,
+            seed=seed,
+            split=split,
+            exclude=exclude,
+            key=key,
+            prompt=key,
+            remedy=f"name a longer file in {setting}",
+        )
+
+    return generate
+
+
+def _located(name: str | None, setting: str) -> str | pathlib.Path:
     if name is None:
         raise UserError(f"{setting} is null; name a file of training problems there")
     path = locate(name)
@@ -223,20 +250,7 @@ def take_from_file(
             f"{setting}={name!r} is no file, neither as it stands nor in {_shared()}; correct it, "
             "or set AIS_SHARED to the folder that holds it"
         )
-    rows, left_out = read(path)
-    if left_out and split == "train":  # the same file is read again for the held-out ones
-        _log.warning(left_out)
-    return take(
-        lambda chunks: (rows[i] for indices in chunks for i in indices),
-        size=len(rows),
-        count=count,
-        seed=seed,
-        split=split,
-        exclude=exclude,
-        key=key,
-        prompt=key,
-        remedy=f"name a longer file in {setting}",
-    )
+    return path
 
 
 def locate(name: str) -> str | pathlib.Path | None:
@@ -298,17 +312,27 @@ def answer(completion: object) -> str:
     text = completion if tagged is None else tagged
     boxed = last_boxed(text)
     if tagged is None and boxed is None:
-        _, mark, after = text.rpartition("####")
-        text = after.strip().partition("\n")[0] if mark else text
+        text = (hashed(text) or (text, False))[0]
     return (text if boxed is None else boxed).strip()
+
+
+def hashed(text: str) -> tuple[str, bool] | None:
+    """(the line after the last ####, whether further lines follow); None without ####.
+
+    In Markdown the same mark begins a heading.
+    """
+    _, mark, after = text.rpartition("####")
+    line, more, _ = after.strip().partition("\n")
+    return (line.strip(), bool(more)) if mark else None
 
 
 def prose_answer(completion: object, pattern: re.Pattern) -> str | None:
     """The last match of `pattern` in the last 1000 characters of a sentence; None if there is none.
 
-    A sentence has a word of two letters: what character models write is read as it stands.
+    A sentence has a word of two letters: what character models write is read as it stands. Where an
+    answer is marked, nothing else is one.
     """
-    if not isinstance(completion, str):
+    if not isinstance(completion, str) or answer(completion) != completion.strip():
         return None
     text = completion[-_PROSE:]
     found = [match[0] for match in pattern.finditer(text)] if _WORDS.search(text) else []

@@ -263,12 +263,9 @@ def reward(completions: Sequence[str], examples: Sequence[dict]) -> np.ndarray:
 
 
 def _is_right(completion: object, example: dict) -> bool:
-    text = common.answer(completion)
-    if _solves(text, example):
+    if _solves(common.answer(completion), example):
         return True
-    # Marked answers are what they are; a sentence may end with an expression.
-    unmarked = isinstance(completion, str) and text == completion.strip()
-    said = common.prose_answer(completion, _EXPRESSION) if unmarked else None
+    said = common.prose_answer(completion, _EXPRESSION)
     return said is not None and _solves(said, example)
 
 

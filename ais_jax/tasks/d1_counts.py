@@ -9,14 +9,13 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
-from ais_jax.tasks import common, d1_math, gsm8k
+from ais_jax.tasks import common, d1_math, gsm8k, sudoku
 
 TASKS = ("gsm8k", "math", "countdown", "sudoku")
 END = "<|endoftext|>"
 """What must stand behind a completion that has ended, where its end token is not shown."""
 
 REACH = 40_000
-CELLS = 16
 _ENDS = ("<|eot_id|>", END)
 _NUMBER = re.compile(r"-?\d+\.?\d*")
 _BOX = "\\boxed{"
@@ -56,7 +55,7 @@ def counts(
     if task in judge:
         right = [judge[task](text, example) for text, example in pairs]
         return np.array(right, np.int64), np.ones(len(pairs), np.int64)
-    cells = [right_cells(_grid(text), example) for text, example in pairs]
+    cells = [sudoku.right_cells(_grid(text), example) for text, example in pairs]
     return tuple(np.array([c[i] for c in cells], np.int64) for i in (0, 1))  # type: ignore[return-value]
 
 
@@ -257,11 +256,3 @@ def _until(text: str, ends: Sequence[str]) -> str | None:
     """What stands before the first of `ends`; None if none is there."""
     places = [place for place in map(text.find, ends) if place >= 0]
     return text[: min(places)] if places else None
-
-
-def right_cells(grid: str, example: dict) -> tuple[int, int]:
-    """(blank cells that are right, blank cells); short grids are filled up, long ones cut."""
-    puzzle, solution = example["puzzle"], example["solution"]
-    blanks = [i for i, cell in enumerate(puzzle) if cell == "0"]
-    padded = grid[:CELLS].ljust(CELLS, "0") if grid else " " * CELLS
-    return sum(padded[i] == solution[i] for i in blanks), len(blanks)

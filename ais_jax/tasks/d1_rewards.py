@@ -8,8 +8,8 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from ais_jax.tasks import common, d1_math, gsm8k
-from ais_jax.tasks.d1_counts import REACH, check_task, reaches, right_cells, uses, value_of
+from ais_jax.tasks import common, d1_math, gsm8k, sudoku
+from ais_jax.tasks.d1_counts import REACH, check_task, reaches, uses, value_of
 from ais_jax.tasks.expression import ExpressionError, parse
 
 Rewards = dict[str, Callable[[Sequence[str], Sequence[dict]], np.ndarray]]
@@ -165,7 +165,7 @@ def _cells(text: str, example: dict, compat: bool) -> float:
         given = zip(example["puzzle"], digits, strict=False)
         if not re.fullmatch("[1-4]{16}", digits) or any(p not in ("0", d) for p, d in given):
             return 0.0
-    right, blanks = right_cells(digits, example)
+    right, blanks = sudoku.right_cells(digits, example)
     return right / blanks if blanks else 0.0
 
 

@@ -24,10 +24,8 @@ def final_number(completion: str) -> Fraction | None:
     """
     text = common.marked(completion)
     if text is None:
-        _, mark, after = completion.rpartition("####")
-        line = after.strip().partition("\n")[0]
-        # In Markdown the same mark begins a heading.
-        text = line if mark and whole_number(line) is not None else completion
+        line, _ = common.hashed(completion) or ("", False)
+        text = completion if whole_number(line) is None else line
     whole = whole_number(text)
     return _last_number(text) if whole is None else whole
 
@@ -51,10 +49,8 @@ def _last_number(text: str) -> Fraction | None:
         return None
     fractions = [m for m in _FRACTION.finditer(plain) if m.start() <= len(before) < m.end()]
     if fractions:
-        value = common.number(fractions[0][0])
-        return (
-            -value if value is not None and _MINUS.search(plain[: fractions[0].start()]) else value
-        )
-    quantity = _QUANTITY.fullmatch(word.rstrip(".,"))
-    value = common.number(quantity[1]) if quantity else None
+        value, before = common.number(fractions[0][0]), plain[: fractions[0].start()]
+    else:
+        quantity = _QUANTITY.fullmatch(word.rstrip(".,"))
+        value = common.number(quantity[1]) if quantity else None
     return -value if value is not None and _MINUS.search(before) else value

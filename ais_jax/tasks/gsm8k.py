@@ -8,7 +8,7 @@ The interface is described in `ais_jax.tasks`.
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -19,31 +19,6 @@ ALPHABET = common.PRINTABLE
 Options = common.FileOptions
 
 _FILE_LINE = '{"question": "What is half of 6?", "answer": "It is 6/2 = 3.\\n#### 3"}'
-
-
-def generate(
-    count: int,
-    seed: int,
-    split: str = "train",
-    options: Options = Options(),
-    exclude: Collection[str] = (),
-) -> list[dict]:
-    """Problems of the file in random order, all different.
-
-    Args:
-      count: how many.
-      seed: same arguments and file, same examples, on every platform.
-      split: "train" or "heldout", about one problem in five; they share no `key`.
-      options: which file.
-      exclude: keys that must not appear, such as those of evaluation files.
-
-    Raises:
-      UserError: the file is not named, absent or malformed.
-      ValueError: it has fewer than `count`, or an argument is out of range.
-    """
-    return common.take_from_file(
-        options.path, "task.gsm8k.path", _read, count, seed, split, exclude, key
-    )
 
 
 def key(example: dict) -> str:
@@ -126,12 +101,15 @@ def load(path: str | os.PathLike) -> list[dict]:
     return files.read_lines(path, _read_row, _FILE_LINE)
 
 
-def _read(path: str | os.PathLike) -> files.Reading:
-    return files.read_most(path, _read_row, _FILE_LINE)
-
-
 def _read_row(row: dict) -> dict:
     question, answer = files.text_of(row, "question"), files.text_of(row, "answer")
     if "####" not in answer or common.number(_final_text(answer)) is None:
         raise ValueError("no final number")
     return {"question": question, "answer": answer}
+
+
+def _read(path: str | os.PathLike) -> files.Reading:
+    return files.read_most(path, _read_row, _FILE_LINE)
+
+
+generate = common.generate_from_file("task.gsm8k.path", _read, key)

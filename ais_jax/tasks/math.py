@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from fractions import Fraction
 from typing import NamedTuple
 
@@ -49,31 +49,6 @@ _FILE_LINE = (
     '{"problem": "What is half of $x$?", "solution": "It is $\\\\boxed{x/2}$.", "answer": "x/2"}, '
     "with an answer, or a solution that ends with it in \\boxed{}"
 )
-
-
-def generate(
-    count: int,
-    seed: int,
-    split: str = "train",
-    options: Options = Options(),
-    exclude: Collection[str] = (),
-) -> list[dict]:
-    """Problems of the file in random order, all different.
-
-    Args:
-      count: how many.
-      seed: same arguments and file, same examples, on every platform.
-      split: "train" or "heldout", about one problem in five; they share no `key`.
-      options: which file.
-      exclude: keys that must not appear, such as those of evaluation files.
-
-    Raises:
-      UserError: the file is not named, absent or malformed.
-      ValueError: it has fewer than `count`, or an argument is out of range.
-    """
-    return common.take_from_file(
-        options.path, "task.math.path", read_training, count, seed, split, exclude, key
-    )
 
 
 def key(example: dict) -> str:
@@ -159,11 +134,10 @@ def _given(completion: object) -> tuple[str | None, Fraction | None]:
         return None, None
     answer = common.marked(completion)
     if answer is None:
-        _, mark, after = completion.rpartition("####")
-        line, more, _ = after.strip().partition("\n")
-        # In Markdown the same mark begins a heading, and then more follows.
-        answer = line.strip() if mark and (not more or whole_number(line) is not None) else None
-    return (answer, None) if answer else (answer, final_number(completion))
+        line, more = common.hashed(completion) or (None, False)
+        # Where more follows it is a heading, unless it is a number.
+        answer = None if line and more and whole_number(line) is None else line
+    return answer, None if answer is not None else final_number(completion)
 
 
 def gold(example: dict) -> str:
@@ -255,3 +229,6 @@ def _answer_of(row: dict) -> str:
         if value is not None:
             return files.text_of(row, name)
     return common.last_boxed(files.text_of(row, "solution")) or ""
+
+
+generate = common.generate_from_file("task.math.path", read_training, key)

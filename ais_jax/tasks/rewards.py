@@ -102,10 +102,11 @@ class Composition:
         known: dict[str, RewardFn] = {
             "task": task.reward,
             "correct": task.score,
-            "boxed": functools.partial(boxed, task.gold) if hasattr(task, "gold") else task.score,
             "format": marked_once,
             **{f"d1/{name}": function for name, function in of_d1.items()},
         }
+        if hasattr(task, "gold"):
+            known["boxed"] = functools.partial(boxed, task.gold)
         return [(name, known.get(name) or resolve(name)) for name, _ in self.terms]
 
     def columns(self, completions: Sequence[str], examples: Sequence[dict]) -> np.ndarray:

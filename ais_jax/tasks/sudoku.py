@@ -236,7 +236,7 @@ def cells(completions: Sequence[str], examples: Sequence[dict]) -> tuple[np.ndar
     """
     common.check_batch(completions, examples)
     counts = [
-        _matches(_answer(completion)[:CELLS].ljust(CELLS, "0"), example)
+        right_cells(_answer(completion), example)
         for completion, example in zip(completions, examples, strict=True)
     ]
     right, blanks = zip(*counts, strict=True) if counts else ((), ())
@@ -259,17 +259,19 @@ MEASURES = {"cell_accuracy": cell_accuracy}
 def _answer(completion: object) -> str:
     text = common.answer(completion)
     grid = "".join(text.split()) if len(text) <= MAX_ANSWER_LENGTH else ""
-    # Marked answers are what they are; a sentence may end with a grid.
-    unmarked = isinstance(completion, str) and text == completion.strip()
-    said = None
-    if unmarked and not _GRID.fullmatch(grid):
-        said = common.prose_answer(completion, _GRID_IN_TEXT)
-    return said or grid
+    if _GRID.fullmatch(grid):
+        return grid
+    return common.prose_answer(completion, _GRID_IN_TEXT) or grid
 
 
 def _extends(grid: str, puzzle: str) -> bool:
     """Whether the given cells of the puzzle are the grid's."""
     return all(given in ("0", cell) for given, cell in zip(puzzle, grid, strict=True))
+
+
+def right_cells(answer: str, example: dict) -> tuple[int, int]:
+    """(blank cells that are right, blank cells) of an answer that is cut or filled up with 0."""
+    return _matches(answer[:CELLS].ljust(CELLS, "0"), example)
 
 
 def _matches(answer: str, example: dict) -> tuple[int, int]:

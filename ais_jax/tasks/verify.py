@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import atexit
-import contextlib
 import json
 import os
 import select
@@ -15,6 +14,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from ais_jax import child
 from ais_jax.errors import UserError
 
 TIMEOUT = 5.0
@@ -91,17 +91,14 @@ class _Process:
         return found or False
 
     def _start(self) -> None:
-        paths = [path or os.getcwd() for path in sys.path]
-        # sympy orders terms by their hashes: the same pair shall always be judged the same.
-        same = {"PYTHONHASHSEED": "0", "JAX_PLATFORMS": "cpu"}
-        changes = {"PYTHONPATH": os.pathsep.join(paths), **same}
         # Of the same group of processes: who ends its user's group, ends it too.
         self._process = subprocess.Popen(
             [sys.executable, "-m", "ais_jax.verify_worker", str(os.getpid())],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
-            env={**os.environ, **changes},
+            # sympy orders terms by their hashes: the same pair shall always be judged the same.
+            env=child.environment(PYTHONHASHSEED="0"),
         )
         if not self._ask(None, _STARTUP):
             raise UserError(
@@ -132,10 +129,7 @@ class _Process:
         process, self._process = self._process, None
         if process is not None:
             process.kill()
-            process.wait()
-            for pipe in (process.stdin, process.stdout):
-                with contextlib.suppress(BrokenPipeError):
-                    pipe.close()  # type: ignore[union-attr]
+            child.bury(process)
 
 
 def _line(file: int, timeout: float) -> bytes:

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from ais_jax import distributed
+from ais_jax import child, distributed
 from ais_jax.errors import UserError
 from ais_jax.tasks.rewards import Composition, Judged, RewardFn
 from ais_jax.train.phases import Phases
@@ -64,9 +64,9 @@ class Rewarder:
         """
         self._group_size, self._timeout = group_size, timeout
         self._phases, self._warn = phases, warn
-        named = isinstance(function, str | Composition)
-        self._worker = _Worker(function) if named else None  # type: ignore[arg-type]
         self._function = function
+        self._composition = function if isinstance(function, Composition) else None
+        self._worker = _Worker(function) if isinstance(function, str | Composition) else None
         self._warnings = self._failed = 0
 
     def __enter__(self) -> Rewarder:
@@ -93,8 +93,8 @@ class Rewarder:
         Raises like a call.
         """
         found = self(completions, examples)
-        if isinstance(self._function, Composition):
-            return self._function.judged(found)
+        if self._composition is not None:
+            return self._composition.judged(found)
         return Judged(found, np.asarray(score(completions, examples), np.float32), {})
 
     def __call__(self, completions: Sequence[str], examples: Sequence[dict]) -> np.ndarray:
@@ -128,7 +128,7 @@ class Rewarder:
         )
         failed = np.isin(np.arange(len(rewards)), list(errors))
         filled = fill(rewards, failed, self._group_size)
-        if isinstance(self._function, Composition):
+        if self._composition is not None:
             filled[failed, -1] = np.nan  # a score is measured or unknown
         return filled
 
@@ -167,16 +167,15 @@ class Rewarder:
             if self._worker is not None:
                 raise
             raise _Failed(f"{type(error).__name__}: {error}") from error
-        if isinstance(self._function, Composition):
-            names = [name for name, _ in self._function.terms]
+        if self._composition is not None:
+            names = [name for name, _ in self._composition.terms]
             _check_finite(rewards := np.array(rewards, np.float32), [*names, "the task's score"])
             return rewards
         return checked_rewards(rewards, len(completions))
 
     @property
     def _columns(self) -> tuple[int, ...]:
-        function = self._function
-        return (len(function.terms) + 1,) if isinstance(function, Composition) else ()
+        return () if self._composition is None else (len(self._composition.terms) + 1,)
 
     def _say(self, text: str) -> None:
         self._warnings += 1
@@ -246,14 +245,11 @@ class _Worker:
 
     def _started(self) -> subprocess.Popen:
         if self._process is None:
-            # It finds the modules that this process finds, and takes no accelerator away from it.
-            paths = [path or os.getcwd() for path in sys.path]
-            changes = {"PYTHONPATH": os.pathsep.join(paths), "JAX_PLATFORMS": "cpu"}
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "ais_jax.reward_worker", str(os.getpid())],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
-                env={**os.environ, **changes},
+                env=child.environment(),
                 encoding="ascii",
                 start_new_session=True,
             )
@@ -264,10 +260,7 @@ class _Worker:
         process, self._process = self._process, None
         if process is not None:
             _kill(process)
-            process.wait()
-            for pipe in (process.stdin, process.stdout):
-                with contextlib.suppress(BrokenPipeError):
-                    pipe.close()  # type: ignore[union-attr]
+            child.bury(process)
 
 
 def _kill(process: subprocess.Popen) -> None:

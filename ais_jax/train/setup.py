@@ -16,7 +16,7 @@ from ais_jax.errors import UserError
 from ais_jax.models import LladaConfig, Model, ModelConfig, Params, PretrainedModel
 from ais_jax.models.checkpoint import Checkpoint, open_model, tokenizer_of
 from ais_jax.models.naming import Tensor
-from ais_jax.models.tokenizers import CharTokenizer, TextTokenizer, Tokenizer, check_ids
+from ais_jax.models.tokenizers import CharTokenizer, Tokenizer, check_ids
 from ais_jax.recipes import choose_recipe
 from ais_jax.sampling import Policy, SamplingConfig, sampling_config
 from ais_jax.sampling.prompts import Prompter
@@ -162,7 +162,7 @@ def _sampling(config: Config, model: Model, tokenizer: Tokenizer) -> SamplingCon
 
 
 def _prompter(config: Config, task, tokenizer: Tokenizer, mask_id: int | None) -> Prompter:
-    template = isinstance(tokenizer, TextTokenizer) and tokenizer.has_chat_template
+    template = tokenizer.has_chat_template
     style = config.task.style or ("instruct" if template else "compact")
     return Prompter(
         task,

@@ -12,6 +12,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from ais_jax.errors import UserError
 from ais_jax.evaluation import run
 from ais_jax.evaluation.run import Options, evaluate
+from ais_jax.mesh import MeshConfig
 from ais_jax.models import LladaConfig, Qwen3Config, build, save_pretrained
 from ais_jax.sampling import autoregressive
 from ais_jax.tasks import d1
@@ -225,3 +226,24 @@ def test_settings_of_diffusion_replace_those_of_d1(llada, puzzles, tmp_path, pos
     settings = posed[0][0].sampling.settings
     assert (settings.block_length, settings.steps) == (16, 16)
     assert json.loads((folder / "eval.json").read_text())["diffusion"] == changed
+
+
+@pytest.mark.parametrize(("asked", "opened"), [(None, "<think>"), (False, "")])
+def test_a_run_is_asked_as_it_was_trained(
+    chat, puzzles, tmp_path, posed, monkeypatch, asked, opened
+):
+    """In its own words for the system and with its thinking, unless told otherwise."""
+    loaded = run.policies.load_policy(chat, "float32", MeshConfig(data=-1))
+    trained = tmp_path / "trained"
+    (trained / "checkpoints" / "3").mkdir(parents=True)
+    task = {"name": "sudoku", "system": "Be brief.", "enable_thinking": True}
+    (trained / "config.yaml").write_text(json.dumps({"task": task}))
+    monkeypatch.setattr(run.policies, "load_policy", lambda *_: loaded)
+    options = Options(("sudoku",), (8,), data=puzzles, batch_size=8, thinking=asked)
+    folder = evaluate(str(trained), options, tmp_path / "out")
+    text = posed[0][1][0]
+    assert text.startswith("<|user|>Be brief.<|eot_id|><|user|>")
+    assert text.endswith(f"<|assistant|>{opened}")
+    settings = json.loads((folder / "eval.json").read_text())
+    assert (settings["thinking"], settings["opens_thought"]) == (asked, asked is None)
+    assert settings["weights"][0].startswith("step 3 ")

@@ -86,7 +86,8 @@ def test_every_generation_is_written_and_scored(qwen3, tmp_path):
         np.testing.assert_array_equal(scores, [row["counts"]["accuracy"][0] for row in rows])
         assert result["measures"]["accuracy"]["value"] == pytest.approx(scores.mean())
         assert result["mean_tokens"] == np.mean([row["tokens"] for row in rows])
-        assert all(row["truncated"] == (row["tokens"] == result["length"]) for row in rows[:0])
+        assert all(row["tokens"] == result["length"] for row in rows if row["truncated"])
+        assert result["truncated"] == np.mean([row["truncated"] for row in rows])
     table = (folder / "table.md").read_text()
     assert "| rollout | Arithmetic / 4 | Arithmetic / 6 |" in table
     assert "\n| unquantized | " in table and "\n| int4 | " in table
@@ -211,9 +212,10 @@ def test_published_files_are_whole(shared_file, monkeypatch):
     drawn = benchmarks.load_examples(sudoku, None, "d1")
     assert len({x["puzzle"] for x in drawn}) == 256
     # The first that d1's published generations are of.
-    assert drawn[0]["puzzle"] in {
-        x["puzzle"] for x in benchmarks.load_examples(sudoku, None, "own")
-    }
+    assert {
+        *("4320004330100004", "0204032001400402", "0104000214003041", "2030042043101000"),
+        *("0430102002103100", "1042040300313000", "1002031030004023", "0420230000414030"),
+    } <= {x["puzzle"] for x in drawn}
 
 
 def test_own_generations_are_scored_again(qwen3, tmp_path):
