@@ -27,9 +27,7 @@ def bury(process: subprocess.Popen) -> None:
 
 
 def live_with(parent: int) -> None:
-    """Leaves Ctrl-C and preemption to the trainer, and ends when it does, however it ends.
-
-    Where this process leads a group of its own, all that it has started ends with it.
+    """Leaves Ctrl-C and preemption to the trainer, and ends when it does, see `die_with`.
 
     Args:
       parent: the trainer's process id.
@@ -39,6 +37,17 @@ def live_with(parent: int) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: None)
     os.register_at_fork(after_in_child=_listen)
+    die_with(parent)
+
+
+def die_with(parent: int) -> None:
+    """Ends when the parent does, however it ends.
+
+    Where this process leads a group of its own, all that it has started ends with it.
+
+    Args:
+      parent: its process id.
+    """
     threading.Thread(target=_die_with, args=(parent,), daemon=True).start()
 
 

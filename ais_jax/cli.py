@@ -1,4 +1,4 @@
-"""The command line: train, eval, score, report, generate, convert, aot."""
+"""The command line: train, compare, report, eval, score, generate, convert, aot."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import sys
 import textwrap
 from collections.abc import Sequence
 
-from ais_jax import memory
+from ais_jax import compilation, memory
 from ais_jax.errors import UserError
 
 
@@ -24,9 +24,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_train(commands)
+    _add_compare(commands)
+    _add_report(commands)
     _add_eval(commands)
     _add_score(commands)
-    _add_report(commands)
     _add_generate(commands)
     _add_convert(commands)
     _add_aot(commands)
@@ -115,33 +116,58 @@ def _train(args) -> int:
 
     config = config_lib.load(args.config, args.overrides)
     distributed.start(args.coordinator, args.processes, args.process_id)
-    _keep_compiled()
+    compilation.keep()
     train(config, name=pathlib.Path(args.config).stem, resume=args.resume)
     return 0
 
 
-def _keep_compiled() -> None:
-    """A second run starts without compiling, unless JAX is told another place."""
-    import jax
+def _add_compare(commands) -> None:
+    compare = commands.add_parser(
+        "compare",
+        help="run a study: arms and seeds over one configuration",
+        description="Runs what a study still lacks, and writes tables, figures and a page. The "
+        "same command goes on where it was stopped. See docs/study.md.",
+    )
+    add = compare.add_argument
+    add("study", help="a YAML file, such as configs/study_countdown.yaml")
+    add("overrides", nargs="*", metavar="key=value", help='such as "seeds=[5,6]"')
+    add("--output", metavar="DIR", help="default runs/<name of the file>")
+    add("--jobs", type=int, default=1, metavar="N", help="processes, which share the cores")
+    add("--minutes", type=float, metavar="M", help="begin nothing new after this long")
+    add("--arms", metavar="NAME,...", help="train these arms alone")
+    compare.set_defaults(run=_compare)
 
-    from ais_jax.train.run import cache_directory
 
-    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        jax.config.update("jax_compilation_cache_dir", str(cache_directory() / "xla"))
+def _compare(args) -> int:
+    from ais_jax.study.compare import compare
+
+    arms = () if args.arms is None else _names(args.arms)
+    folder = compare(args.study, args.overrides, args.output, args.jobs, args.minutes, arms)
+    print(folder / "report.html")
+    return 0
 
 
 def _add_report(commands) -> None:
-    report = commands.add_parser("report", help="draw a run's curves again")
+    report = commands.add_parser(
+        "report",
+        help="draw runs side by side",
+        description="Draws runs, as PNG and as one HTML page. Runs that differ in train.seed alone "
+        "are one line, their mean.",
+    )
     report.add_argument(
-        "run_dir", help="a folder that a run wrote, such as runs/countdown_tiny-..."
+        "runs", nargs="+", metavar="RUN", help="the folder of a run, or one with runs in it"
+    )
+    report.add_argument(
+        "--output", metavar="DIR", help="default: report, in the one folder that is given, or here"
     )
     report.set_defaults(run=_report)
 
 
 def _report(args) -> int:
-    from ais_jax import report
+    from ais_jax.report.runs import report
 
-    print(report.curves(args.run_dir))
+    output = None if args.output is None else pathlib.Path(args.output)
+    print(report([pathlib.Path(run) for run in args.runs], output))
     return 0
 
 
@@ -221,7 +247,7 @@ def _generate(args) -> int:
     policy = policies.load_policy(args.model, _dtype(args))
     tokenizer = policies.need_tokenizer(policy, args.model)
     ids = generate.prompt_ids(tokenizer, args.prompt, args.system, _thinking(args), args.raw)
-    _keep_compiled()
+    compilation.keep()
     result = generate.generate(policy.structure, policy.params, tokenizer, ids, options)
     for text in result.texts:
         print(text, flush=True)
@@ -289,7 +315,7 @@ def _eval(args) -> int:
         diffusion=_changes(args.diffusion),
         tensor=args.tensor,
     )
-    _keep_compiled()
+    compilation.keep()
     run.say(run.evaluate(args.model, options, args.output, _dtype(args)))
     return 0
 

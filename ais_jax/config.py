@@ -138,10 +138,15 @@ class WarmupConfig:
     careless_fraction: float = setting(
         0.0, "share of demonstrations that have the right form but do not try to solve the problem"
     )
+    seed: int | None = setting(
+        None,
+        "seed of the initial parameters and of this phase; null is train.seed. Runs that differ in "
+        "train.seed alone then begin at one policy, as those of a published checkpoint do",
+    )
     cache: bool = setting(True, "keep the result, and take it when the same warm-up is asked again")
 
     def __post_init__(self):
-        at_least(self, 0, "steps", "learning_rate", "learning_rate_warmup")
+        at_least(self, 0, "steps", "learning_rate", "learning_rate_warmup", "seed")
         at_least(self, 0, "weight_decay", "careless_fraction")
         at_least(self, 1, "batch_size")
         if self.careless_fraction > 1:
@@ -322,6 +327,12 @@ class TrainConfig:
     checkpoint_every: int = setting(50, "steps between checkpoints; 0 saves at the end alone")
     checkpoint_keep: int = setting(2, "newest checkpoints that are kept")
     eval_every: int = setting(0, "steps between held-out evaluations; 0 evaluates before and after")
+    eval_examples: int | None = setting(
+        None, "held-out problems of the evaluations between; null is all, as before and after"
+    )
+    eval_samples: int = setting(
+        1, "samples of each of these problems; of several pass@k is measured, too"
+    )
     eval_batch_size: int = setting(256, "completions a batch in evaluation")
     eval_max_new_tokens: int | None = setting(
         None, "length of completions in evaluation; null takes rollout.max_new_tokens"
@@ -348,6 +359,8 @@ class TrainConfig:
             self,
             1,
             "steps",
+            "eval_examples",
+            "eval_samples",
             "eval_batch_size",
             "eval_max_new_tokens",
             "samples_every",
@@ -405,6 +418,11 @@ class Config:
     def composition(self) -> Composition:
         """`rewards` for the task."""
         return of_mapping(self.task.name, self.rewards, self.d1_compat)
+
+    @property
+    def initial_seed(self) -> int:
+        """Seed of the initial parameters and of the warm-up."""
+        return self.train.seed if self.warmup.seed is None else self.warmup.seed
 
     @property
     def sampled_at_once(self) -> int:

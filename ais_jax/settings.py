@@ -137,6 +137,18 @@ def to_dict(config: Any) -> Any:
     return [to_dict(item) for item in config] if isinstance(config, list | tuple) else config
 
 
+def changed_keys(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """Dotted keys whose values differ between two nested mappings."""
+    keys: list[str] = []
+    for name in sorted(old.keys() | new.keys()):
+        a, b = old.get(name), new.get(name)
+        if isinstance(a, dict) and isinstance(b, dict):
+            keys += changed_keys(a, b, f"{prefix}{name}.")
+        elif a != b:
+            keys.append(prefix + name)
+    return keys
+
+
 def save_yaml(config: Any, path: str | os.PathLike) -> None:
     """Writes every setting, so that `load` gives an equal config.
 

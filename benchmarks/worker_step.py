@@ -20,11 +20,11 @@ from rollout_shapes import CONFIGS, endless
 
 from ais_jax import config as config_lib
 from ais_jax import memory, settings
+from ais_jax.compilation import cache_directory
 from ais_jax.tasks.rewards import Judged
 from ais_jax.train import data, loop, setup
 from ais_jax.train.optimizer import grpo_optimizer
 from ais_jax.train.programs import build_programs
-from ais_jax.train.run import cache_directory
 from ais_jax.train.warmup import warm_up
 
 PHASES = ("quantize", "rollout", "score", "train", "step")

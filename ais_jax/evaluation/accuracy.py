@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from types import ModuleType
+from typing import Protocol
 
 import jax
 import numpy as np
@@ -14,7 +15,12 @@ from ais_jax.models import Params
 from ais_jax.sampling import Policy, sampling_copy
 from ais_jax.sampling.prompts import Prompter
 
-Evaluator = Callable[[Params, list[dict]], dict[str, float]]
+
+class Evaluator(Protocol):
+    """What `build_evaluator` returns."""
+
+    def __call__(self, params: Params, examples: list[dict], samples: int = 1) -> dict[str, float]:
+        """The measures of a policy; with several `samples` of a problem also their pass@k."""
 
 
 def measures(task: ModuleType) -> dict[str, Callable]:
@@ -31,11 +37,13 @@ def build_evaluator(
     seed: int = 0,
     between: Callable[[], object] = lambda: None,
 ) -> Evaluator:
-    """A function (params, examples) -> {"accuracy", "sampled_accuracy", ...}.
+    """A function (params, examples, samples) -> {"accuracy", "sampled_accuracy", ...}.
 
-    `accuracy` is the share of examples solved by greedy decoding, `sampled_accuracy` by one sample
-    at the policy's own temperature; further ones are the task's `MEASURES`. Prompts may be longer
-    than those of training. `between` is called now and then; what it raises ends the evaluation.
+    `accuracy` is the share of examples solved by greedy decoding, `sampled_accuracy` the mean share
+    of `samples` at the policy's own temperature; further ones are the task's `MEASURES`. Of several
+    samples `pass_at_<samples>` is the share of examples that at least one of them solves. Prompts
+    may be longer than those of training. `between` is called now and then; what it raises ends the
+    evaluation.
     """
     sampling = policy.sampling.resized(max_new_tokens)
     if sampling.diffusion is None:
@@ -49,7 +57,12 @@ def build_evaluator(
     }
 
     def complete(
-        at: Policy, params: Params, examples: list[dict], fitting: Prompter, key: jax.Array
+        at: Policy,
+        params: Params,
+        examples: list[dict],
+        fitting: Prompter,
+        key: jax.Array,
+        samples: int,
     ) -> list[str]:
         # An autoregressive sampler shares out its slots itself.
         size = batch_size if at.sampling.diffusion else len(examples)
@@ -57,26 +70,30 @@ def build_evaluator(
         for start in range(0, len(examples), size):
             part = examples[start : start + size]
             padded = part + [part[-1]] * (size - len(part))
-            keys = jax.random.split(jax.random.fold_in(key, start), size)
+            keys = jax.random.split(jax.random.fold_in(key, start), size * samples)
             between()
             rollout = at.rollout(params, *fitting.prompts(padded), keys, mesh, between)
-            texts += prompter.answers(prompter.completions(rollout))[: len(part)]
+            texts += prompter.answers(prompter.completions(rollout))[: len(part) * samples]
         return texts
 
     platform = mesh.devices.flat[0].platform
     lay_out = jax.jit(lambda params: sampling_copy(policy.model, params, "none", platform))
 
-    def evaluate(params: Params, examples: list[dict]) -> dict[str, float]:
+    def evaluate(params: Params, examples: list[dict], samples: int = 1) -> dict[str, float]:
         if platform == "cpu":  # elsewhere memory is dearer than the time it would save
             params = lay_out(params)
         fitting, key = prompter.fitting(examples), jax.random.key(seed)
-        found = {
-            prefix: complete(at, params, examples, fitting, key) for prefix, at in policies.items()
-        }
-        return {
-            prefix + name: float(np.mean(measure(texts, examples)))
-            for prefix, texts in found.items()
-            for name, measure in measures(prompter.task).items()
-        }
+        found: dict[str, float] = {}
+        for prefix, at in policies.items():
+            times = samples if prefix else 1
+            texts = complete(at, params, examples, fitting, key, times)
+            repeated = [example for example in examples for _ in range(times)]
+            for name, measure in measures(prompter.task).items():
+                values = np.asarray(measure(texts, repeated))
+                found[prefix + name] = float(values.mean())
+                if times > 1 and name == "accuracy":
+                    solved = values.reshape(-1, times).any(axis=1)
+                    found[f"pass_at_{times}"] = float(solved.mean())
+        return found
 
     return evaluate

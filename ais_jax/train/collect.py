@@ -34,6 +34,7 @@ class Sampled:
     reward: float
     accuracy: float
     informative: float  # share of groups whose rewards differ
+    solved: float  # share of groups with a completion that solves the problem
     count: int  # tokens
     seconds: float  # time spent in the sampler
     reward_seconds: float  # time until all processes have their rewards
@@ -84,6 +85,7 @@ def _sample_round(run: Run, copy, key, iterator, judge: Judge, phases: Phases) -
         reward=float(rewards.mean()),
         accuracy=_mean(scores),
         informative=float(grpo.informative_groups(rewards, c.group_size).mean()),
+        solved=_solved(scores, c.group_size),
         count=int(np.asarray(rollout.mask).sum()),
         seconds=seconds,
         reward_seconds=reward_seconds,
@@ -95,6 +97,11 @@ def _mean(scores: np.ndarray) -> float:
     """Of the completions that were scored at all."""
     known = scores[np.isfinite(scores)]
     return float(known.mean()) if known.size else 0.0
+
+
+def _solved(scores: np.ndarray, group_size: int) -> float:
+    """The sampler's pass@k with k the size of a group; a score that is unknown solves nothing."""
+    return float((scores.reshape(-1, group_size) > 0.5).any(axis=1).mean())
 
 
 def _pose(run: Run, iterator) -> tuple[list[dict], tuple[np.ndarray, np.ndarray]]:
@@ -139,6 +146,7 @@ def select_groups(rounds: list[Sampled], group_size: int, groups: int) -> Sample
         reward=float(rewards.mean()),
         accuracy=float(np.mean([r.accuracy for r in rounds])),
         informative=float(useful.mean()),
+        solved=float(np.mean([r.solved for r in rounds])),
         count=sum(r.count for r in rounds),
         seconds=sum(r.seconds for r in rounds),
         reward_seconds=sum(r.reward_seconds for r in rounds),

@@ -189,6 +189,7 @@ def train_step(
     metrics = {
         "reward": sampled.reward,
         "accuracy": sampled.accuracy,
+        "group_accuracy": sampled.solved,
         **_named_terms(sampled.terms),
         "coefficient": measured.coefficient,
         "severity_scale": measured.severity_scale,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import itertools
-import os
 import pathlib
 import time
 import zlib
@@ -13,7 +12,7 @@ import zlib
 import jax
 import numpy as np
 
-from ais_jax import distributed, report, settings
+from ais_jax import compilation, distributed, report, settings
 from ais_jax import mesh as mesh_lib
 from ais_jax.config import Config
 from ais_jax.errors import UserError
@@ -155,7 +154,9 @@ def _stages(
         iterator,
         checkpoints,
         rewarder,
-        lambda s: evaluator(run.join(s.params), heldout),
+        lambda s: evaluator(
+            run.join(s.params), heldout[: config.train.eval_examples], config.train.eval_samples
+        ),
         reference,
         phases,
     )
@@ -184,7 +185,7 @@ def _warmed(run: Run, examples: Examples, checkpoints, phases: Phases) -> tuple[
     A run that goes on and has no reference policy needs no warm-up: its checkpoint has more.
     """
     # Several processes read and write one cache, in the folder that they share anyway.
-    cache = cache_directory() if jax.process_count() == 1 else run.directory / "cache"
+    cache = compilation.cache_directory() if jax.process_count() == 1 else run.directory / "cache"
     goes_on = distributed.agreed(str(checkpoints.latest_step())) != "None"
     with phases.interruptible(), phases.phase("warm-up"):
         params, frozen = initial_params(run)
@@ -252,21 +253,10 @@ def _keep_config(run: Run, checkpoints) -> None:
         return
     before = run.directory / "config.yaml"
     if checkpoints.latest_step() is not None and before.exists():
-        changed = _changed_keys(settings.load_yaml(before), settings.to_dict(run.config))
+        changed = settings.changed_keys(settings.load_yaml(before), settings.to_dict(run.config))
         if changed:
             console().print(f"going on with other settings than before: {', '.join(changed)}")
     settings.save_yaml(run.config, run.directory / "config.yaml")
-
-
-def _changed_keys(old: dict, new: dict, prefix: str = "") -> list[str]:
-    keys = []
-    for name in sorted(old.keys() | new.keys()):
-        a, b = old.get(name), new.get(name)
-        if isinstance(a, dict) and isinstance(b, dict):
-            keys += _changed_keys(a, b, f"{prefix}{name}.")
-        elif a != b:
-            keys.append(prefix + name)
-    return keys
 
 
 def _evaluate_all(evaluator, params, examples: Examples, phases: Phases) -> dict[str, float]:
@@ -330,9 +320,3 @@ def _free(path: pathlib.Path) -> pathlib.Path:
     """`path`, or where it exists the first free of `path`-2, `path`-3, ..."""
     others = (path.with_name(f"{path.name}-{i}") for i in itertools.count(2))
     return path if not path.exists() else next(p for p in others if not p.exists())
-
-
-def cache_directory() -> pathlib.Path:
-    """Where warm-ups are kept: $XDG_CACHE_HOME/ais_jax, by default ~/.cache/ais_jax."""
-    base = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
-    return pathlib.Path(base) / "ais_jax"

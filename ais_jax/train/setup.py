@@ -184,7 +184,7 @@ def initial_params(run: Run) -> tuple[Params, Params | None]:
       UserError: a file of the checkpoint cannot be read.
     """
     config, programs, model = run.config, run.programs, run.policy.model
-    key = jax.random.key(config.train.seed)
+    key = jax.random.key(config.initial_seed)
     lora = run.policy.lora
     if run.source is None and lora is None:
         return programs.init_trainable(key), None

@@ -70,9 +70,9 @@ def warm_up(
 
 
 def _train(run: Run, params: Params, examples: list[dict], between: Callable[[], object]) -> Params:
-    config, policy, programs = run.config, run.policy, run.programs
+    config, policy, programs = run.config.warmup, run.policy, run.programs
     plain = dataclasses.replace(policy, sampling=_supervised(policy.sampling))
-    optimizer = warmup_optimizer(config.warmup)
+    optimizer = warmup_optimizer(config)
 
     def step(params, frozen, opt_state, batch, keys):
         batch = plain.plan(batch, keys)
@@ -84,14 +84,15 @@ def _train(run: Run, params: Params, examples: list[dict], between: Callable[[],
     placed = (shardings.params, shardings.opt_state)
     train_step = jax.jit(step, donate_argnums=(0, 2), out_shardings=(*placed, None))
     opt_state = jax.jit(optimizer.init, out_shardings=shardings.opt_state)(params)
-    iterator = data.batches(examples, config.warmup.batch_size, config.train.seed)
-    rng, key = np.random.default_rng(config.train.seed), jax.random.key(config.train.seed)
-    with Progress(config.warmup.steps, "warm-up", columns=WARMUP_COLUMNS) as progress:
-        for i in range(config.warmup.steps):
+    seed = run.config.initial_seed
+    iterator = data.batches(examples, config.batch_size, seed)
+    rng, key = np.random.default_rng(seed), jax.random.key(seed)
+    with Progress(config.steps, "warm-up", columns=WARMUP_COLUMNS) as progress:
+        for i in range(config.steps):
             between()
             began = time.perf_counter()
             part = next(iterator)
-            careless = (rng.random(len(part)) < config.warmup.careless_fraction).tolist()
+            careless = (rng.random(len(part)) < config.careless_fraction).tolist()
             demonstrations = run.prompter.demonstrations(part, careless)
             batch = jax.tree.map(programs.put, demonstrations)
             keys = programs.put(jax.random.split(jax.random.fold_in(key, i), len(part)))
@@ -119,7 +120,8 @@ def fingerprint(config: Config, prompter: Prompter, examples: list[dict]) -> str
     relevant = {key: tree[key] for key in ("model", "task", "warmup")}
     relevant["version"] = VERSION
     relevant["examples"] = examples
-    relevant["train"] = {key: tree["train"][key] for key in ("seed", "dtype")}
+    relevant["warmup"] = {**tree["warmup"], "seed": config.initial_seed}
+    relevant["dtype"] = config.train.dtype
     relevant["lengths"] = [config.rollout.max_prompt_tokens, config.rollout.max_new_tokens]
     if isinstance(prompter.tokenizer, CharTokenizer):
         relevant["alphabet"] = prompter.tokenizer.alphabet

@@ -5,26 +5,35 @@ from __future__ import annotations
 import dataclasses
 import os
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, ScalarFormatter
+from matplotlib.ticker import MaxNLocator
 
 from ais_jax.errors import UserError
+from ais_jax.report.style import (
+    BLUE,
+    DPI,
+    GREEN,
+    GREY,
+    INK,
+    PURPLE,
+    VERMILLION,
+    averaging_window,
+    column,
+    dress,
+    moving,
+    plain_numbers,
+)
 from ais_jax.train.metrics import read_metrics
-
-# Colours of Okabe and Ito, which stay apart for colour-blind readers.
-_BLUE, _ORANGE, _GREEN, _VERMILLION, _PURPLE = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#A8588F"
-_INK, _GREY, _GRID = "#222222", "#767676", "#E6E6E6"
 
 _STRAY = 5.0  # a side series further from the anchor than this many times the main one is cut off
 _LABEL_GAP = 0.17  # of a panel's height, between two labels
 _LONGEST_TITLE = 80
-_DPI = 150
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,11 +63,11 @@ _PANELS = (
         "Reward",
         "mean over the batch",
         (
-            _Series("reward", "reward", _BLUE),
+            _Series("reward", "reward", BLUE),
             _Series(
                 "eval_accuracy",
                 "held-out",
-                _VERMILLION,
+                VERMILLION,
                 "points",
                 "line: mean over the batch, dots: held-out accuracy",
             ),
@@ -68,7 +77,7 @@ _PANELS = (
     _Panel(
         "Coefficient α",
         "0: uncorrected, 1: fully importance-weighted",
-        (_Series("coefficient", "α", _INK),),
+        (_Series("coefficient", "α", INK),),
         span=1.0,
         limits=(0.0, 1.0),
     ),
@@ -76,11 +85,11 @@ _PANELS = (
         "Reliability R",
         "effective share of the sample",
         (
-            _Series("reliability", "R", _GREEN),
+            _Series("reliability", "R", GREEN),
             _Series(
                 "reliability_raw",
                 "raw R",
-                _GREY,
+                GREY,
                 "dashed",
                 "effective share of the sample, dashed: raw ratios, running median",
             ),
@@ -92,8 +101,8 @@ _PANELS = (
         "Severity D",
         "mean |log ρ|, nats",
         (
-            _Series("severity", "D", _VERMILLION),
-            _Series("severity_scale", "D₀", _GREY, "dotted", "mean |log ρ| in nats, dotted: D₀"),
+            _Series("severity", "D", VERMILLION),
+            _Series("severity_scale", "D₀", GREY, "dotted", "mean |log ρ| in nats, dotted: D₀"),
         ),
         span=1e-4,
         anchor=0.0,
@@ -101,7 +110,7 @@ _PANELS = (
     _Panel(
         "Amplification V",
         "above 1: the weights favour large advantages",
-        (_Series("amplification", "V", _PURPLE),),
+        (_Series("amplification", "V", PURPLE),),
         span=0.02,
         reference=1.0,
     ),
@@ -136,7 +145,7 @@ def curves(
     if not result.axes:
         raise UserError(f"{path} holds no metric that is drawn, such as reward or severity")
     output.parent.mkdir(parents=True, exist_ok=True)
-    result.savefig(output, dpi=_DPI)
+    result.savefig(output, dpi=DPI)
     return output
 
 
@@ -153,12 +162,12 @@ def figure(rows: Sequence[Mapping[str, Any]], title: str) -> Figure:
       title: name of the run.
     """
     steps = np.array([row["step"] for row in rows], float)
-    panels = [p for p in _PANELS if any(np.isfinite(_column(rows, s.key)).any() for s in p.series)]
+    panels = [p for p in _PANELS if any(np.isfinite(column(rows, s.key)).any() for s in p.series)]
     result = Figure(figsize=(8, 0.9 + 1.66 * len(panels)), facecolor="white")
     FigureCanvasAgg(result)
     if not panels:
         return result
-    window = _window(len(rows))
+    window = averaging_window(len(rows))
     axes = result.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
     for ax, panel in zip(axes, panels, strict=True):
         _draw(ax, panel, steps, rows, window)
@@ -168,8 +177,8 @@ def figure(rows: Sequence[Mapping[str, Any]], title: str) -> Figure:
     axes[-1].xaxis.set_major_locator(
         MaxNLocator(nbins=9, steps=[1, 2, 2.5, 5, 10], integer=True, min_n_ticks=1)
     )
-    axes[-1].xaxis.set_major_formatter(_plain_numbers())
-    axes[-1].set_xlabel("training step", color=_INK, fontsize=9.5)
+    axes[-1].xaxis.set_major_formatter(plain_numbers())
+    axes[-1].set_xlabel("training step", color=INK, fontsize=9.5)
     _lay_out(result, title, window)
     return result
 
@@ -182,48 +191,24 @@ def _lay_out(result: Figure, title: str, window: int) -> None:
     )
     title = title if len(title) <= _LONGEST_TITLE else title[: _LONGEST_TITLE - 1] + "…"
     heading = result.text(
-        left, 1 - 0.2 / height, title, va="top", fontsize=13, weight="bold", color=_INK,
+        left, 1 - 0.2 / height, title, va="top", fontsize=13, weight="bold", color=INK,
         parse_math=False,
     )  # fmt: skip
     room = (0.99 - left) * result.bbox.width
     heading.set_fontsize(13 * min(1.0, room / max(heading.get_window_extent().width, 1.0)))
     if window > 1:
         text = f"thin: every step    thick: mean of {window} steps"
-        result.text(0.99, 0.225 / height, text, va="baseline", ha="right", fontsize=8, color=_GREY)
-
-
-def _column(rows: Sequence[Mapping[str, Any]], key: str) -> np.ndarray:
-    """[steps] float64, NaN where the metric is missing, null or not finite."""
-    values = [row.get(key) for row in rows]
-    column = np.array([x if isinstance(x, int | float) else np.nan for x in values], float)
-    return np.where(np.isfinite(column), column, np.nan)
-
-
-def _window(count: int) -> int:
-    """Odd number of steps to average over: about a twentieth of the run; 1 leaves it as it is."""
-    return 2 * (count // 40) + 1
-
-
-def _moving(
-    average: Callable[[np.ndarray], np.floating], values: np.ndarray, window: int
-) -> np.ndarray:
-    """Average of the finite values in a centred window; NaN stays NaN. [steps] -> [steps]."""
-    half = window // 2
-    result = np.full(len(values), np.nan)
-    for i in np.flatnonzero(np.isfinite(values)):
-        near = values[max(i - half, 0) : i + half + 1]
-        result[i] = average(near[np.isfinite(near)])
-    return result
+        result.text(0.99, 0.225 / height, text, va="baseline", ha="right", fontsize=8, color=GREY)
 
 
 def _draw(ax: Axes, panel: _Panel, steps: np.ndarray, rows, window: int) -> None:
-    _style(ax)
+    dress(ax)
     note = panel.note
     main: list[np.ndarray] = []
     side: list[np.ndarray] = []
     ends: list[tuple[float, _Series]] = []
     for series in panel.series:
-        raw = _column(rows, series.key)
+        raw = column(rows, series.key)
         if not np.isfinite(raw).any():
             continue
         shown = _draw_series(ax, series, steps, raw, window)
@@ -231,35 +216,16 @@ def _draw(ax: Axes, panel: _Panel, steps: np.ndarray, rows, window: int) -> None
         ends.append((float(shown[np.isfinite(shown)][-1]), series))
         note = series.note or note
     if panel.reference is not None:
-        ax.axhline(panel.reference, color=_GREY, lw=1.3, ls=":", zorder=1.5)
+        ax.axhline(panel.reference, color=GREY, lw=1.3, ls=":", zorder=1.5)
         main.append(np.array([panel.reference]))
     low, high = panel.limits or _limits(panel, main or side, side)
     margin = 0.06 * (high - low)
     ax.set_ylim(low - margin, high + margin)
     if panel.anchor == 1.0 and side and np.nanmin(side) < low:
         note += f", lowest {np.nanmin(side):.2g}"
-    ax.set_title(panel.title, loc="left", fontsize=10, weight="bold", color=_INK, pad=5)
-    ax.set_title(note, loc="right", fontsize=8.5, color=_GREY, pad=5)
+    ax.set_title(panel.title, loc="left", fontsize=10, weight="bold", color=INK, pad=5)
+    ax.set_title(note, loc="right", fontsize=8.5, color=GREY, pad=5)
     _label_ends(ax, ends)
-
-
-def _style(ax: Axes) -> None:
-    ax.set_facecolor("white")
-    ax.grid(color=_GRID, lw=0.8)
-    ax.set_axisbelow(True)
-    for side in ("top", "right", "left"):
-        ax.spines[side].set_visible(False)
-    ax.spines["bottom"].set_color("#BBBBBB")
-    ax.tick_params(colors=_GREY, labelsize=8.5, length=0)
-    ax.yaxis.set_major_locator(MaxNLocator(nbins=5, steps=[1, 2, 2.5, 5, 10]))
-    ax.yaxis.set_major_formatter(_plain_numbers())
-
-
-def _plain_numbers() -> ScalarFormatter:
-    """0.9992 and 0.00004 as they are: no offset such as +9.99e-1, no power of ten."""
-    formatter = ScalarFormatter(useOffset=False, useMathText=False)
-    formatter.set_scientific(False)
-    return formatter
 
 
 def _draw_series(ax: Axes, series: _Series, steps, raw: np.ndarray, window: int) -> np.ndarray:
@@ -278,10 +244,10 @@ def _draw_series(ax: Axes, series: _Series, steps, raw: np.ndarray, window: int)
         _line(ax, series, steps, raw, series.key, lw=0.8, alpha=0.35, zorder=2.2)
     if series.kind == "dashed":
         # Single outliers would turn a mean into boxes as wide as the window.
-        shown, name = _moving(np.median, raw, window), "median"
+        shown, name = moving(np.median, raw, window), "median"
         style: dict[str, Any] = {"lw": 1.2, "ls": (0, (4, 2)), "zorder": 2.5}
     else:
-        shown, name = _moving(np.mean, raw, window), "mean"
+        shown, name = moving(np.mean, raw, window), "mean"
         style = {"lw": 2, "zorder": 3}
     _line(ax, series, steps, shown, f"{series.key}:{name}" if window > 1 else series.key, **style)
     return shown

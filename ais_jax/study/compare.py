@@ -1,0 +1,297 @@
+"""Runs what a study still lacks, in parallel processes, and writes down what it has come to."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import pathlib
+import queue
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+from ais_jax import child, settings
+from ais_jax.errors import UserError
+from ais_jax.study import config as config_lib
+from ais_jax.study import outcomes
+from ais_jax.study.config import Plan
+from ais_jax.train.display import Column, Progress
+from ais_jax.train.metrics import write_json
+
+_PATIENCE = 120.0  # seconds that a process has to save what it has done
+_COLUMNS = (
+    Column("accuracy", "accuracy", lambda x: f"{100 * x:.1f} %"),
+    Column("seconds", "seconds", "{:.0f}".format),
+)
+
+
+class Unit(NamedTuple):
+    """A training run, or the measurement of gradients along one."""
+
+    arm: str
+    seed: int
+    folder: pathlib.Path
+    request: dict[str, Any]  # what a worker is told
+
+    @property
+    def trains(self) -> bool:
+        """Whether it is a training run."""
+        return "config" in self.request
+
+
+def compare(
+    path: str | os.PathLike,
+    overrides: Sequence[str] = (),
+    output: str | os.PathLike | None = None,
+    jobs: int = 1,
+    minutes: float | None = None,
+    arms: Sequence[str] = (),
+) -> pathlib.Path:
+    """Runs a study's arms and seeds, those that are not done yet, and writes its results.
+
+    Args:
+      path: the study's YAML file.
+      overrides: such as "seeds=[5,6]".
+      output: the study's folder, which goes on where it was stopped; None is runs/<file's name>.
+      jobs: processes at a time; the cores are shared out among them.
+      minutes: begin nothing new after this long.
+      arms: train these alone; none is all.
+
+    Returns:
+      The folder.
+
+    Raises:
+      UserError: the study cannot be, or the folder holds runs with other settings.
+      SystemExit: SIGTERM came; what was done is saved, and the code is 143.
+    """
+    plan = config_lib.load(path, overrides)
+    for name in arms:
+        if name not in plan.arms:
+            raise UserError(f"{name!r} is no arm of {path}; they are {', '.join(plan.arms)}")
+    if jobs < 1:
+        raise UserError(f"--jobs {jobs} must be at least 1")
+    folder = (
+        pathlib.Path("runs", pathlib.Path(path).stem) if output is None else pathlib.Path(output)
+    )
+    units = [*_gradients(plan, path, overrides, folder), *_runs(plan, folder, arms)]
+    todo = [unit for unit in units if not _is_done(unit, plan)]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        settings.save_yaml(plan.study, folder / "study.yaml")
+    except OSError as error:
+        raise UserError(f"{folder} cannot be written: {error.strerror or error}") from error
+    _work(todo, len(units), folder, jobs, minutes)
+    outcomes.write(plan, folder)
+    return folder
+
+
+def _runs(plan: Plan, folder: pathlib.Path, arms: Sequence[str]) -> Iterator[Unit]:
+    """A seed of all arms before the next, so that half a study compares them, too."""
+    for seed in plan.study.seeds:
+        for name, arm in plan.arms.items():
+            if arm.train and (not arms or name in arms):
+                place = outcomes.run_folder(folder, name, seed)
+                tree = settings.to_dict(plan.config(name, seed, place.resolve()))
+                yield Unit(name, seed, place, {"config": tree})
+
+
+def _gradients(plan: Plan, path, overrides: Sequence[str], folder: pathlib.Path) -> Iterator[Unit]:
+    wanted = plan.study.gradients
+    for seed in wanted.seeds if wanted else ():
+        assert wanted is not None
+        place = outcomes.gradient_folder(folder, wanted.along, seed)
+        request = {
+            "study": str(pathlib.Path(path).resolve()),
+            "overrides": list(overrides),
+            "seed": seed,
+            "folder": str(place.resolve()),
+        }
+        yield Unit(wanted.along, seed, place, request)
+
+
+def _is_done(unit: Unit, plan: Plan) -> bool:
+    """Raises UserError where the unit's folder holds something else."""
+    if unit.trains:
+        _check_same(unit.folder / "config.yaml", unit.request["config"])
+        return (unit.folder / "summary.json").exists()
+    assert plan.study.gradients is not None
+    mark = unit.folder / "settings.json"
+    known = _fingerprint(plan, unit.seed)
+    if mark.exists() and json.loads(mark.read_text(encoding="utf-8")) != known:
+        raise UserError(f"{unit.folder} was measured with other settings; take another --output")
+    unit.folder.mkdir(parents=True, exist_ok=True)
+    write_json(mark, known)
+    return all((unit.folder / f"step_{x}.json").exists() for x in plan.study.gradients.steps)
+
+
+def _fingerprint(plan: Plan, seed: int) -> str:
+    """Of all that a measurement of gradients depends on, but for which states it is made at."""
+    wanted = plan.study.gradients
+    assert wanted is not None
+    known: list[Any] = [wanted.batches, wanted.blocks]
+    known += [[name, settings.to_dict(plan.config(name, seed))] for name in plan.arms]
+    return hashlib.sha256(json.dumps(known).encode()).hexdigest()
+
+
+def _check_same(path: pathlib.Path, wanted: dict[str, Any]) -> None:
+    if not path.exists():
+        return
+    changed = settings.changed_keys(settings.load_yaml(path), wanted)
+    changed = [key for key in changed if key != "output_dir"]
+    if changed:
+        raise UserError(
+            f"{path.parent} was run with other settings ({', '.join(changed)}); take another "
+            "--output, or remove it"
+        )
+
+
+def _work(
+    todo: list[Unit], total: int, folder: pathlib.Path, jobs: int, minutes: float | None
+) -> None:
+    """Lets workers do what is to be done, as long as there is time."""
+    waiting: queue.SimpleQueue[Unit] = queue.SimpleQueue()
+    for unit in todo:
+        waiting.put(unit)
+    jobs = min(jobs, len(todo))
+    workers = [_Worker(i, _cores(i, jobs), folder) for i in range(jobs)]
+    deadline = None if minutes is None else time.monotonic() + 60 * minutes
+    done = total - len(todo)
+    lock = threading.Lock()
+
+    with Progress(total, "study", columns=_COLUMNS, initial_step=done) as progress:
+
+        def serve(worker: _Worker) -> None:
+            nonlocal done
+            while not worker.told and (deadline is None or time.monotonic() < deadline):
+                try:
+                    unit = waiting.get_nowait()
+                except queue.Empty:
+                    return
+                began = time.monotonic()
+                answer = worker.ask(unit)
+                if answer is None:
+                    return
+                shown = {"seconds": time.monotonic() - began}
+                what = f"{unit.arm}, seed {unit.seed}"
+                with lock:
+                    done += 1
+                    if "failed" in answer:
+                        progress.message(f"{what} failed: {answer['failed']}")
+                    if "summary" in answer:
+                        shown["accuracy"] = answer["summary"]["after"]["heldout_accuracy"]
+                        progress.message(
+                            f"{what}: {100 * shown['accuracy']:.1f} % in {shown['seconds']:.0f} s"
+                        )
+                    progress.update(done, shown)
+
+        threads = [threading.Thread(target=serve, args=(worker,)) for worker in workers]
+        with _sigterm_as_exit():
+            try:
+                for thread in threads:
+                    thread.start()
+                for thread in threads:
+                    thread.join()
+            finally:
+                for worker in workers:
+                    worker.tell()
+                for worker in workers:
+                    worker.close()
+                for thread in threads:
+                    thread.join()
+
+
+@contextlib.contextmanager
+def _sigterm_as_exit() -> Iterator[None]:
+    def leave(*_) -> None:
+        raise SystemExit(143)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _cores(index: int, jobs: int) -> list[int]:
+    """This process's share of the cores, empty where it is not to be told."""
+    if not hasattr(os, "sched_getaffinity"):
+        return []
+    cores = sorted(os.sched_getaffinity(0))
+    return cores[index::jobs] if jobs <= len(cores) else []
+
+
+class _Worker:
+    """A process of `ais_jax.study.worker` and how it is spoken to."""
+
+    def __init__(self, index: int, cores: list[int], folder: pathlib.Path):
+        self._cores, self._log = cores, folder / f"worker_{index}.log"
+        self._process: subprocess.Popen | None = None
+        self.told = False
+
+    def ask(self, unit: Unit) -> dict[str, Any] | None:
+        """What became of a unit: its summary, or why it failed; None after `tell`."""
+        failure = unit.folder / "failure.json"
+        failure.unlink(missing_ok=True)
+        process = self._started()
+        assert process.stdin is not None and process.stdout is not None
+        try:
+            process.stdin.write(json.dumps(unit.request) + "\n")
+            process.stdin.flush()
+            line = process.stdout.readline()
+        except (BrokenPipeError, ValueError):
+            line = ""
+        if self.told and not line:
+            return None
+        if line:
+            answer: dict[str, Any] = json.loads(line)
+        else:
+            code = process.wait()
+            self._process = None
+            answer = {"failed": f"its process ended with code {code}, see {self._log}"}
+        if "failed" in answer:
+            unit.folder.mkdir(parents=True, exist_ok=True)
+            write_json(failure, answer)
+        return answer
+
+    def _started(self) -> subprocess.Popen:
+        if self._process is None:
+            with open(self._log, "ab") as log:
+                self._process = subprocess.Popen(
+                    [
+                        *(sys.executable, "-m", "ais_jax.study.worker", str(os.getpid())),
+                        ",".join(map(str, self._cores)),
+                    ],
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=log,
+                    env=child.environment(JAX_PLATFORMS=os.environ.get("JAX_PLATFORMS", "")),
+                    encoding="utf-8",
+                    start_new_session=True,  # Ctrl-C is this process's, which then tells it
+                )
+        return self._process
+
+    def tell(self) -> None:
+        """Asks the process to save what it has done and to leave."""
+        self.told = True
+        if self._process is not None and self._process.poll() is None:
+            self._process.terminate()
+
+    def close(self) -> None:
+        """Waits for it to leave, and ends it where it does not."""
+        process, self._process = self._process, None
+        if process is None:
+            return
+        try:
+            process.wait(_PATIENCE)
+        except subprocess.TimeoutExpired:
+            process.kill()
+        child.bury(process)

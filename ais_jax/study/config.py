@@ -1,0 +1,163 @@
+"""What a study is: arms and seeds over one base configuration."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import pathlib
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ais_jax import settings
+from ais_jax.ais_config import PRESETS
+from ais_jax.config import Config
+from ais_jax.errors import UserError
+from ais_jax.recipes import RECIPES
+from ais_jax.settings import at_least, setting
+
+# What a preset decides; everything else is the base configuration's.
+_CORRECTION = (
+    *("level", "cap", "coefficient", "fixed_alpha", "mask_low", "mask_high"),
+    *("geometric_low", "geometric_high", "veto"),
+)
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+=-]*")
+
+
+@dataclasses.dataclass(frozen=True)
+class Arm:
+    """One way to train: how rollouts are quantized and how their mismatch is corrected."""
+
+    recipe: str = setting(doc="rollout.recipe", choices=tuple(RECIPES))
+    correction: str = setting("none", "a preset of section ais", choices=tuple(PRESETS))
+    train: bool = setting(True, "false measures its gradients alone")
+    settings: dict[str, Any] = setting(
+        doc="further settings of this arm, as in a training configuration", default_factory=dict
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Gradients:
+    """At which states gradients are measured, and with how many batches."""
+
+    along: str = setting(doc="the arm whose states are measured at")
+    seeds: tuple[int, ...] = setting((0,), "seeds of the runs whose states these are")
+    steps: tuple[int, ...] = setting((0,), "after how many steps of GRPO")
+    batches: int = setting(1024, "rollout batches at each state")
+    blocks: int = setting(64, "parts of these batches that the bootstrap draws from")
+
+    def __post_init__(self):
+        at_least(self, 2, "blocks")
+        if not self.seeds or min(self.seeds) < 0 or not self.steps or min(self.steps) < 0:
+            raise ValueError(
+                f"seeds={list(self.seeds)} and steps={list(self.steps)} must be at least one each, "
+                "and none below 0"
+            )
+        if self.batches < self.blocks or self.batches % self.blocks:
+            raise ValueError(f"batches={self.batches} must be a multiple of blocks={self.blocks}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Study:
+    """Arms and seeds over one base configuration."""
+
+    base: str = setting(doc="a training configuration, looked for beside the study's file")
+    arms: dict[str, Any] = setting(doc="name: {recipe, correction, settings} of each arm")
+    baseline: str = setting(doc="the arm that the others are compared with, such as bf16")
+    seeds: tuple[int, ...] = setting((0, 1, 2, 3, 4), "train.seed of the runs of each arm")
+    settings: dict[str, Any] = setting(
+        doc="settings that replace those of base, for all arms", default_factory=dict
+    )
+    tail: float = setting(0.25, "last share of the steps that outcomes are means over")
+    half_width: float = setting(
+        0.02, "half-width of a 95 % interval above which a difference is called undecided"
+    )
+    gradients: Gradients | None = setting(None, "measure gradients as well")
+
+    def __post_init__(self):
+        if not self.arms:
+            raise ValueError("arms is empty: name at least one")
+        for name in self.arms:
+            if not _NAME.fullmatch(name):
+                raise ValueError(
+                    f"arms: {name!r} names a folder: take letters, digits and . _ + = -"
+                )
+        for key, name in (("baseline", self.baseline), ("gradients.along", self._along)):
+            if name not in self.arms:
+                raise ValueError(f"{key}={name!r} is no arm; the arms are {', '.join(self.arms)}")
+        if not self.seeds or len(set(self.seeds)) < len(self.seeds) or min(self.seeds) < 0:
+            raise ValueError(f"seeds={list(self.seeds)} must be whole numbers from 0, each once")
+        if not 0 < self.tail <= 1:
+            raise ValueError(f"tail={self.tail} must be above 0 and at most 1")
+        settings.positive(self, "half_width")
+
+    @property
+    def _along(self) -> str:
+        return self.baseline if self.gradients is None else self.gradients.along
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """A study with its base configuration read and every arm checked.
+
+    Attributes:
+      study: as it was written.
+      base: settings that all arms begin with.
+      arms: each by its name, in the study's order.
+    """
+
+    study: Study
+    base: dict[str, Any]
+    arms: dict[str, Arm]
+
+    def config(self, arm: str, seed: int, output_dir: pathlib.Path | None = None) -> Config:
+        """The training configuration of a run."""
+        chosen = self.arms[arm]
+        tree: Any = self.base
+        correction = {x: getattr(PRESETS[chosen.correction], x) for x in _CORRECTION}
+        for part in (
+            {"rollout": {"recipe": chosen.recipe}, "ais": correction},
+            chosen.settings,
+            {"train": {"seed": seed}, "output_dir": output_dir and str(output_dir)},
+        ):
+            tree = merged(tree, part)
+        return settings.build(Config, tree, f"arm {arm}")
+
+
+def load(path: str | os.PathLike, overrides: Sequence[str] = ()) -> Plan:
+    """Reads a study and checks all of its arms.
+
+    Args:
+      path: a YAML file.
+      overrides: such as "seeds=[5,6,7]" or "settings.train.steps=20".
+
+    Raises:
+      UserError: a file is missing or malformed, or an arm's settings cannot be.
+    """
+    study = settings.load(Study, path, overrides)
+    base = settings.load_yaml(pathlib.Path(path).parent / study.base)
+    arms = {}
+    for name, given in study.arms.items():
+        if not isinstance(given, Mapping):
+            raise UserError(f"{path}: arms.{name}: expected keys such as recipe: fp8")
+        arms[name] = settings.build(Arm, given, f"{path}: arms.{name}")
+    plan = Plan(study, merged(base, study.settings), arms)
+    for name in arms:
+        plan.config(name, study.seeds[0])
+    return plan
+
+
+def merged(tree: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested mappings, those of `changes` over those of `tree`."""
+    result = dict(tree)
+    for name, value in changes.items():
+        old = result.get(name)
+        both = isinstance(old, Mapping) and isinstance(value, Mapping)
+        result[name] = merged(old, value) if both else value  # type: ignore[arg-type]
+    return result
+
+
+def tail_start(steps: int, tail: float) -> int:
+    """The first step of the last share `tail` of `steps`."""
+    return steps - max(math.ceil(tail * steps), 1) + 1

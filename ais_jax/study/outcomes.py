@@ -1,0 +1,177 @@
+"""What the runs of a study have come to, and what that says with confidence."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from ais_jax.report import evidence, page
+from ais_jax.report.figures import Curves, draw
+from ais_jax.study import tables
+from ais_jax.study.config import Plan, tail_start
+from ais_jax.study.statistics import Difference, Mean, has_collapsed, mean, paired
+from ais_jax.train.metrics import read_metrics, write_json
+
+# What a run is judged by, and where it comes from.
+OUTCOMES = {
+    "accuracy": "held-out accuracy, greedy, mean over the evaluations of the tail",
+    "sampled_accuracy": "the same, one sample at the sampling temperature",
+    "final_accuracy": "held-out accuracy after the last step, greedy, all problems",
+    "final_sampled_accuracy": "the same, one sample at the sampling temperature",
+    "reward": "reward of the sampling copy, mean over the steps of the tail",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcomes:
+    """What the finished runs have come to.
+
+    Attributes:
+      runs: arm -> seed -> outcome -> value.
+      collapsed: arm -> seeds whose reward fell below half of what it had been.
+      failed: arm -> seed -> why.
+    """
+
+    runs: dict[str, dict[int, dict[str, float]]]
+    collapsed: dict[str, list[int]]
+    failed: dict[str, dict[int, str]]
+
+    def mean(self, arm: str, outcome: str) -> Mean:
+        """Over the arm's seeds."""
+        return mean([run[outcome] for run in self.runs[arm].values()])
+
+    def difference(self, arm: str, other: str, outcome: str) -> Difference:
+        """Of `arm` minus `other`, paired by seed."""
+        shared = sorted(self.runs[arm].keys() & self.runs[other].keys())
+        return paired([self.runs[arm][s][outcome] - self.runs[other][s][outcome] for s in shared])
+
+
+def run_folder(folder: pathlib.Path, arm: str, seed: int) -> pathlib.Path:
+    """Where a run of a study is."""
+    return folder / "runs" / arm / f"seed_{seed}"
+
+
+def gradient_folder(folder: pathlib.Path, along: str, seed: int) -> pathlib.Path:
+    """Where gradients along a run are."""
+    return folder / "gradients" / along / f"seed_{seed}"
+
+
+def collect(plan: Plan, folder: pathlib.Path) -> Outcomes:
+    """The finished runs of all arms, also of seeds that the study does not name."""
+    found = Outcomes({}, {}, {})
+    for arm in plan.arms:
+        runs: dict[int, dict[str, float]] = {}
+        found.failed[arm], found.collapsed[arm] = {}, []
+        for place in (folder / "runs" / arm).glob("seed_*"):
+            seed = int(place.name.removeprefix("seed_"))
+            failure = place / "failure.json"
+            if failure.exists():
+                found.failed[arm][seed] = json.loads(failure.read_text())["failed"]
+            elif (place / "summary.json").exists():
+                runs[seed], collapsed = _outcome(place, plan.study.tail)
+                found.collapsed[arm] += [seed] if collapsed else []
+        found.runs[arm] = dict(sorted(runs.items()))
+    return found
+
+
+def _outcome(place: pathlib.Path, tail: float) -> tuple[dict[str, float], bool]:
+    rows = read_metrics(place / "metrics.jsonl")
+    after = json.loads((place / "summary.json").read_text(encoding="utf-8"))["after"]
+    steps = rows[-1]["step"]
+    last = [row for row in rows if row["step"] >= tail_start(steps, tail)]
+    found = {
+        "final_accuracy": after["heldout_accuracy"],
+        "final_sampled_accuracy": after["heldout_sampled_accuracy"],
+        "reward": _mean_of(last, "reward"),
+    }
+    for name in ("accuracy", "sampled_accuracy"):
+        evaluated = _mean_of(last, f"eval_{name}")
+        found[name] = found[f"final_{name}"] if math.isnan(evaluated) else evaluated
+    return found, has_collapsed([row["reward"] for row in rows], len(last))
+
+
+def _mean_of(rows: Sequence[Mapping[str, Any]], key: str) -> float:
+    values = [row[key] for row in rows if row.get(key) is not None]
+    return float(np.mean(values)) if values else math.nan
+
+
+def write(plan: Plan, folder: pathlib.Path) -> Outcomes:
+    """Writes results.json, tables.md, the figures and report.html of what there is."""
+    found = collect(plan, folder)
+    gradients = _read_gradients(plan, folder)
+    write_json(folder / "results.json", _as_json(plan, found, gradients))
+    text = tables.markdown(plan, found, gradients)
+    (folder / "tables.md").write_text(text, encoding="utf-8")
+    curves = [
+        Curves(
+            name,
+            arm.recipe,
+            [
+                read_metrics(run_folder(folder, name, seed) / "metrics.jsonl")
+                for seed in found.runs[name]
+            ],
+        )
+        for name, arm in plan.arms.items()
+        if found.runs[name]
+    ]
+    figures = {**_evidence(plan, found, gradients), **draw(curves, plan.study.baseline)}
+    page.write(folder, folder.resolve().name, figures, text)
+    return found
+
+
+def _evidence(plan: Plan, found: Outcomes, states: list[dict]) -> dict[str, tuple[str, Figure]]:
+    """Differences from the baseline, and gradients along each run."""
+    figures: dict[str, tuple[str, Figure]] = {}
+    base = plan.study.baseline
+    trained = [arm for arm in plan.arms if found.runs[arm]]
+    against = {a: found.difference(a, base, "accuracy")[:2] for a in trained if a != base}
+    if against and base in trained:
+        figures["differences"] = (
+            f"Accuracy against {base}",
+            evidence.differences(against, base),
+        )
+    names = [name for name, arm in plan.arms.items() if arm.train]
+    runs = sorted({(state["along"], state["seed"]) for state in states})
+    for along, seed in runs:
+        of_run = [s for s in states if (s["along"], s["seed"]) == (along, seed)]
+        figure = evidence.gradients(of_run, names)
+        if figure is not None:
+            name = f"gradients_{along}_{seed}"
+            figures[name] = (f"Gradients at states of {along}, seed {seed}", figure)
+    return figures
+
+
+def _as_json(plan: Plan, found: Outcomes, gradients: list[dict]) -> dict[str, Any]:
+    trained = [arm for arm in plan.arms if found.runs[arm]]
+    return {
+        "baseline": plan.study.baseline,
+        "outcomes": OUTCOMES,
+        "runs": {a: {str(s): x for s, x in runs.items()} for a, runs in found.runs.items()},
+        "collapsed": found.collapsed,
+        "failed": {a: {str(s): x for s, x in why.items()} for a, why in found.failed.items()},
+        "means": {a: {o: found.mean(a, o)._asdict() for o in OUTCOMES} for a in trained},
+        "differences": {
+            a: {
+                b: {o: found.difference(a, b, o)._asdict() for o in OUTCOMES}
+                for b in trained
+                if b != a
+            }
+            for a in trained
+        },
+        "gradients": gradients,
+    }
+
+
+def _read_gradients(plan: Plan, folder: pathlib.Path) -> list[dict]:
+    """The measured states, of all seeds."""
+    paths = sorted((folder / "gradients").glob("*/seed_*/step_*.json"))
+    return [
+        {"along": path.parts[-3], **json.loads(path.read_text(encoding="utf-8"))} for path in paths
+    ]

@@ -1,0 +1,130 @@
+"""A study's results as Markdown."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+from ais_jax.study.config import Plan
+from ais_jax.study.statistics import Difference, Mean, verdict
+
+if TYPE_CHECKING:
+    from ais_jax.study.outcomes import Outcomes
+
+_MAIN = "accuracy"  # the outcome that verdicts are about
+
+
+def markdown(plan: Plan, found: Outcomes, gradients: Sequence[dict]) -> str:
+    """All tables: arms, differences within a recipe, gradients."""
+    parts = []
+    if any(found.runs.values()):
+        parts += [_arms(plan, found)]
+        recipes = dict.fromkeys(arm.recipe for arm in plan.arms.values())
+        parts += [t for recipe in recipes if (t := _pairs(plan, found, recipe))]
+    parts += [
+        t for along in sorted({g["along"] for g in gradients}) for t in _states(gradients, along)
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _arms(plan: Plan, found: Outcomes) -> str:
+    base, study = plan.study.baseline, plan.study
+    header = [
+        *("arm", "rollout", "seeds", "accuracy", "sampled", "final", "reward"),
+        *(f"accuracy − {base}", "verdict", "collapsed", "failed"),
+    ]
+    rows = []
+    for name, arm in plan.arms.items():
+        if not arm.train:
+            continue
+        means = [
+            _mean(found.mean(name, outcome))
+            for outcome in ("accuracy", "sampled_accuracy", "final_accuracy", "reward")
+        ]
+        against = found.difference(name, base, _MAIN)
+        said = "" if name == base else verdict(against, study.half_width)
+        rows.append(
+            [
+                *(name, arm.recipe, str(len(found.runs[name])), *means),
+                "" if name == base else _difference(against),
+                said,
+                str(len(found.collapsed[name])),
+                str(len(found.failed[name])),
+            ]
+        )
+    note = (
+        f"Per cent, ± standard error over seeds; differences ± half-width of the 95 % interval, "
+        f"paired by seed. Accuracy (greedy) and sampled: held-out problems, mean over the last "
+        f"{100 * study.tail:.0f} % of the steps; final: after the last step; reward: of the "
+        "sampling copy."
+    )
+    return f"{note}\n\n{_table(header, rows)}"
+
+
+def _pairs(plan: Plan, found: Outcomes, recipe: str) -> str:
+    names = [n for n, arm in plan.arms.items() if arm.recipe == recipe and found.runs[n]]
+    if len(names) < 2:
+        return ""
+    rows = [
+        [a, *("" if a == b else _difference(found.difference(a, b, _MAIN)) for b in names)]
+        for a in names
+    ]
+    note = f"Accuracy with rollouts in {recipe}, row minus column, points:"
+    return f"{note}\n\n{_table(['', *names], rows)}"
+
+
+def _states(gradients: Sequence[dict], along: str) -> Iterable[str]:
+    states = [g for g in gradients if g["along"] == along]
+    for seed in sorted({g["seed"] for g in states}):
+        of_seed = sorted((g for g in states if g["seed"] == seed), key=lambda g: g["step"])
+        names = list(of_seed[0]["arms"])
+        for key, what in (
+            ("mse", "mean squared error of one batch's gradient"),
+            ("bias2", "squared bias of the gradient"),
+            ("variance", "variance of one batch's gradient"),
+            ("cosine", "cosine of the mean gradient with the unquantized one"),
+            ("coefficient", "mean coefficient α"),
+            ("severity", "severity D, nats"),
+        ):
+            header = ["arm", *(f"step {g['step']}" for g in of_seed)]
+            rows = [[name, *(_value(g["arms"][name][key]) for g in of_seed)] for name in names]
+            relative = (
+                ""
+                if key in ("cosine", "coefficient", "severity")
+                else (", relative to the squared norm of the unquantized gradient")
+            )
+            yield (
+                f"Along {along}, seed {seed}: {what}{relative} "
+                f"({of_seed[0]['batches']} batches a state, 95 % bootstrap interval):\n\n"
+                f"{_table(header, rows)}"
+            )
+
+
+def _value(x) -> str:
+    if isinstance(x, list):
+        if x[0] is None or not math.isfinite(x[0]):
+            return "-"
+        value, low, high = x
+        return f"{value:.3g} [{low:.3g}, {high:.3g}]"
+    return f"{x:.3g}"
+
+
+def _mean(mean: Mean) -> str:
+    if not mean.seeds:
+        return "-"
+    error = "" if math.isnan(mean.error) else f" ± {100 * mean.error:.1f}"
+    return f"{100 * mean.value:.1f}{error}"
+
+
+def _difference(difference: Difference) -> str:
+    if not difference.seeds:
+        return "-"
+    half = "" if math.isnan(difference.half_width) else f" ± {100 * difference.half_width:.1f}"
+    return f"{100 * difference.value:+.1f}{half}"
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = ["| " + " | ".join(row) + " |" for row in (header, *rows)]
+    lines.insert(1, "|" + "---|" * len(header))
+    return "\n".join(lines)
