@@ -196,18 +196,23 @@ class Sampler:
 
 def calibrated(group: Group, sampler: Sampler) -> np.ndarray:
     """[A] D0 of each arm in nats: its config's number, or as the trainer calibrates `auto`."""
-    batches = [sampler.batch(i) for i in range(state_lib.CALIBRATION_BATCHES)]
-    scales = []
-    for config in group.configs:
-        calibration = state_lib.Calibration(jnp.float32(0), jnp.int32(0))
-        for batch in batches:
-            weights = ais.importance_weights(
-                batch.old_logps, batch.rollout.logps, batch.mask, config
-            )
-            severity = ais.diagnose(weights, batch.advantages).severity
-            calibration = state_lib.calibrate(calibration, severity)
-        scales.append(float(state_lib.severity_scale(calibration, config)))
-    return np.array(scales, np.float32)
+    calibrations = [state_lib.Calibration(jnp.float32(0), jnp.int32(0)) for _ in group.configs]
+    for i in range(state_lib.CALIBRATION_BATCHES):
+        found = _severities(sampler.batch(i), group.configs)
+        calibrations = [state_lib.calibrate(*x) for x in zip(calibrations, found, strict=True)]
+    pairs = zip(calibrations, group.configs, strict=True)
+    return np.array([state_lib.severity_scale(*pair) for pair in pairs], np.float32)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _severities(batch: TrainBatch, configs: tuple[AISConfig, ...]) -> list[jax.Array]:
+    return [
+        ais.diagnose(
+            ais.importance_weights(batch.old_logps, batch.rollout.logps, batch.mask, config),
+            batch.advantages,
+        ).severity
+        for config in configs
+    ]
 
 
 def measure_along(
@@ -314,13 +319,13 @@ def _measure_state(
         for j, mean in enumerate(means):
             done[j].append(mean)
         of = means[groups.index(plain)] if reference is None else _mean(of_reference, size)
-        references.append(of.parts[0])
-    r = np.stack(references)
+        references.append((of.parts[0], of.products[0, 0]))
+    r, r_squares = (np.stack(x) for x in zip(*references, strict=True))
     result: dict[str, Any] = {"batches": batches, "arms": {}, "weightings": []}
     for group, scale, parts in zip(groups, scales, done, strict=True):
         stacked = jax.tree.map(lambda *x: np.stack(x), *parts)
-        result["arms"] |= _result(group, scale, stacked, r, size)
-        result["weightings"] += _mixtures(group, stacked, r, size)
+        result["arms"] |= _result(group, scale, stacked, r, r_squares)
+        result["weightings"] += _mixtures(group, stacked, r, r_squares)
     return result
 
 
@@ -356,11 +361,11 @@ def _compiled(policy: Policy, configs, weightings, of_arm) -> Callable:
     )
 
 
-def _result(group: Group, scale: np.ndarray, sums: Any, r: np.ndarray, size: int) -> dict:
+def _result(group: Group, scale: np.ndarray, sums: Any, r: np.ndarray, r2: np.ndarray) -> dict:
     """By arm: severity_scale, mean coefficient and diagnostics, estimates of `moments.measure`."""
     found = {}
     for i, (name, w) in enumerate(zip(group.arms, group.of_arm, strict=True)):
-        blocks = moments.Blocks(sums.arms[:, i], r, sums.arm_squares[:, i], size)
+        blocks = moments.Blocks(sums.arms[:, i], r, sums.arm_squares[:, i], r2)
         found[name] = {
             "recipe": group.run.recipe[0],
             "severity_scale": float(scale[i]),
@@ -371,13 +376,13 @@ def _result(group: Group, scale: np.ndarray, sums: Any, r: np.ndarray, size: int
     return found
 
 
-def _mixtures(group: Group, sums: Any, r: np.ndarray, size: int) -> list[dict]:
+def _mixtures(group: Group, sums: Any, r: np.ndarray, r2: np.ndarray) -> list[dict]:
     """Of each weighting: the arms that have it, and the best constant coefficient."""
     squares, cross, own = (sums.products[:, k] for k in range(3))
     found = []
     for w in range(len(group.weightings)):
-        plain = moments.Blocks(sums.parts[:, 0], r, squares[:, w], size)
-        weighted = moments.Blocks(sums.parts[:, w + 1], r, own[:, w], size)
+        plain = moments.Blocks(sums.parts[:, 0], r, squares[:, w], r2)
+        weighted = moments.Blocks(sums.parts[:, w + 1], r, own[:, w], r2)
         arms = [name for name, kind in zip(group.arms, group.of_arm, strict=True) if kind == w]
         best = moments.best_mixture(plain, weighted, cross[:, w])
         found.append({"arms": arms, "best_coefficient": list(best)})

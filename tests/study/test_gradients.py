@@ -1,0 +1,166 @@
+"""Gradients of every arm: against the trainer's own loss, and without any mismatch."""
+
+import dataclasses
+import functools
+import json
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.flatten_util import ravel_pytree
+from tiny_job import QWEN3
+from train.test_step import POLICY, make_batch, start
+
+from ais_jax import AISConfig, ais
+from ais_jax.ais_config import PRESETS
+from ais_jax.study import config as config_lib
+from ais_jax.study import gradients
+from ais_jax.train import step as step_lib
+
+ARMS = {
+    "none": PRESETS["none"],
+    "tis": PRESETS["tis"],
+    "sequence": PRESETS["tis_sequence"],
+    "icepop": PRESETS["icepop"],
+    "ais": AISConfig(severity_scale=0.1),
+    "ais_kl": AISConfig(severity_scale=0.2, reliability_power=0.0),
+}
+
+
+def of_loss(params, batch, coefficient, config):
+    """[P] by the function that the trainer differentiates."""
+    denominator = ais.loss_denominator(batch.mask, config)
+    grads = jax.grad(lambda p: step_lib.loss(
+        p, None, batch, coefficient, denominator, policy=POLICY, config=config, kl_coef=0.0
+    )[0])(params)  # fmt: skip
+    return np.asarray(ravel_pytree(grads)[0], np.float64)
+
+
+def measured(batch, config):
+    found = ais.diagnose(
+        ais.importance_weights(batch.old_logps, batch.rollout.logps, batch.mask, config),
+        batch.advantages,
+    )
+    return ais.mixing_coefficient(found, config)
+
+
+def test_gradients_of_all_weightings_are_those_of_the_trainers_loss():
+    params, batch = start().params, make_batch(start().params)
+    configs = tuple(ARMS.values())
+    found = np.asarray(
+        jax.jit(functools.partial(gradients.batch_gradients, policy=POLICY, configs=configs))(
+            params, None, batch
+        )
+    )
+    wanted = [of_loss(params, batch, 0.0, configs[0])]
+    wanted += [of_loss(params, batch, 1.0, config) for config in configs]
+    for one, other in zip(found, wanted, strict=True):
+        np.testing.assert_allclose(one, other, rtol=0, atol=2e-5 * np.abs(other).max())
+    assert np.abs(found[1] - found[0]).max() > 1e-3 * np.abs(found[0]).max()
+
+
+def test_sums_are_those_of_each_arms_gradient_at_its_own_coefficient():
+    params = start().params
+    batches = [make_batch(params, seed) for seed in (0, 1, 2)]
+    configs = tuple(ARMS.values())
+    kinds = tuple(dict.fromkeys(map(gradients.weighting_of, configs)))
+    of_arm = tuple(kinds.index(gradients.weighting_of(c)) for c in configs)
+    assert len(kinds) == 3  # tokens, capped at 2; sequences; masked
+    program = jax.jit(
+        functools.partial(
+            gradients.accumulate, policy=POLICY, configs=configs, weightings=kinds, of_arm=of_arm
+        )
+    )
+    scales = jnp.array([c.severity_scale for c in configs], jnp.float32)
+    sums = None
+    for batch in batches:
+        sums = program(sums, params, None, batch, scales)
+    for i, config in enumerate(configs):
+        alphas = [float(measured(batch, config)) for batch in batches]
+        grads = [of_loss(params, b, a, config) for b, a in zip(batches, alphas, strict=True)]
+        total = np.sum(grads, axis=0)
+        np.testing.assert_allclose(sums.arms[i], total, rtol=0, atol=3e-5 * np.abs(total).max())
+        squares = sum(g @ g for g in grads)
+        np.testing.assert_allclose(sums.arm_squares[i], squares, rtol=1e-4)
+        np.testing.assert_allclose(sums.alphas[i], np.sum(alphas), rtol=1e-5)
+    plain, full = (
+        [of_loss(params, b, alpha, configs[1]) for b in batches] for alpha in (0.0, 1.0)
+    )
+    cross = [
+        [a @ b for a, b in zip(x, y, strict=True)]
+        for x, y in ((plain, plain), (plain, full), (full, full))
+    ]
+    np.testing.assert_allclose(sums.products[:, of_arm[1]], np.sum(cross, axis=1), rtol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def plan(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("study")
+    base = {
+        "model": {"qwen3": QWEN3},
+        "task": {
+            "name": "arithmetic",
+            "train_examples": 64,
+            "heldout_examples": 8,
+            "arithmetic": {"max_number": 9},
+        },
+        "warmup": {"steps": 3, "cache": False},
+        "rollout": {"max_prompt_tokens": 8, "max_new_tokens": 6},
+        "grpo": {"batch_size": 8, "group_size": 4},
+        "rewards": {"train.reward_functions:varied": 1.0},
+        "train": {"dtype": "float32"},
+    }
+    study = {
+        "base": "base.yaml",
+        "baseline": "exact",
+        "arms": {
+            "exact": {"recipe": "none"},
+            "int4": {"recipe": "int4"},
+            "int4_tis": {"recipe": "int4", "correction": "tis"},
+            "int4_auto": {
+                "recipe": "int4",
+                "correction": "ais",
+                "settings": {"ais": {"severity_scale": "auto"}},
+            },
+        },
+        "gradients": {"along": "int4", "steps": [0, 2], "batches": 6, "blocks": 3},
+    }
+    for name, tree in (("base", base), ("study", study)):
+        (folder / f"{name}.yaml").write_text(json.dumps(tree))  # JSON is YAML
+    return config_lib.load(folder / "study.yaml")
+
+
+def test_states_of_a_run_are_measured_once(plan, tmp_path):
+    said = []
+    gradients.measure_along(plan, 0, tmp_path, lambda: None, said.append)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step_0.json", "step_2.json"]
+    states = [json.loads((tmp_path / f"step_{i}.json").read_text()) for i in (0, 2)]
+    for state in states:
+        arms = state["arms"]
+        assert list(arms) == list(plan.arms)
+        exact = arms["exact"]
+        assert exact["bias2"] in ([0, 0, 0], [None] * 3)  # E r may not be told from 0
+        assert exact["error_ratio"] == pytest.approx([1, 1, 1])
+        assert exact["severity"] < 1e-5 < 1e-3 < arms["int4"]["severity"]
+        assert arms["int4"]["coefficient"] == 0 and arms["int4_tis"]["coefficient"] == 1
+        assert 0 < arms["int4_auto"]["coefficient"] < 1
+        assert math.isfinite(arms["int4"]["error_ratio"][0])
+    # Calibrated once, at the start.
+    assert states[0]["arms"]["int4_auto"]["severity_scale"] == (
+        states[1]["arms"]["int4_auto"]["severity_scale"]
+    )
+    (tmp_path / "step_2.json").unlink()
+    before = (tmp_path / "step_0.json").stat().st_mtime_ns
+    gradients.measure_along(plan, 0, tmp_path, lambda: None, said.append)
+    assert json.loads((tmp_path / "step_2.json").read_text()) == states[1]
+    assert (tmp_path / "step_0.json").stat().st_mtime_ns == before
+
+
+def test_arms_that_differ_in_the_correction_alone_share_their_rollouts(plan):
+    groups = gradients.group_arms(plan, 0)
+    assert [group.arms for group in groups] == [("exact",), ("int4", "int4_tis", "int4_auto")]
+    # All weigh tokens, capped alike: one backward pass serves the three.
+    assert len(groups[1].weightings) == 1
+    assert dataclasses.replace(groups[1].configs[1]) == plan.config("int4_tis", 0).ais
