@@ -14,6 +14,7 @@ from ais_jax.report.figures import grid, legend_below, looks
 from ais_jax.report.style import BLUE, GREY, INK, dress
 
 _PANELS = (
+    ("efficiency", "Efficiency: unquantized batches that one is worth", True),
     ("mse", "Mean squared error of one batch's gradient", True),
     ("bias2", "Squared bias", True),
     ("variance", "Variance of one batch's gradient", True),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
 import pathlib
@@ -17,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from ais_jax import child, settings
+from ais_jax.config import Config
 from ais_jax.errors import UserError
 from ais_jax.study import config as config_lib
 from ais_jax.study import outcomes
@@ -79,8 +79,9 @@ def compare(
     folder = (
         pathlib.Path("runs", pathlib.Path(path).stem) if output is None else pathlib.Path(output)
     )
-    units = [*_gradients(plan, path, overrides, folder), *_runs(plan, folder, arms)]
+    units = [*_runs(plan, folder, arms), *_gradients(plan, path, overrides, folder)]
     todo = [unit for unit in units if not _is_done(unit, plan)]
+    todo.sort(key=lambda unit: unit.trains)  # what takes longest first
     try:
         folder.mkdir(parents=True, exist_ok=True)
         settings.save_yaml(plan.study, folder / "study.yaml")
@@ -121,29 +122,36 @@ def _is_done(unit: Unit, plan: Plan) -> bool:
         _check_same(unit.folder / "config.yaml", unit.request["config"])
         return (unit.folder / "summary.json").exists()
     assert plan.study.gradients is not None
-    mark = unit.folder / "settings.json"
-    known = _fingerprint(plan, unit.seed)
-    if mark.exists() and json.loads(mark.read_text(encoding="utf-8")) != known:
-        raise UserError(f"{unit.folder} was measured with other settings; take another --output")
-    unit.folder.mkdir(parents=True, exist_ok=True)
-    write_json(mark, known)
+    _check_measured(unit.folder / "settings.json", plan, unit.seed)
     return all((unit.folder / f"step_{x}.json").exists() for x in plan.study.gradients.steps)
 
 
-def _fingerprint(plan: Plan, seed: int) -> str:
-    """Of all that a measurement of gradients depends on, but for which states it is made at."""
+def _check_measured(path: pathlib.Path, plan: Plan, seed: int) -> None:
+    """Keeps what a measurement depends on, but for which states it is made at; as `_check_same`."""
     wanted = plan.study.gradients
     assert wanted is not None
-    known: list[Any] = [wanted.batches, wanted.blocks]
-    known += [[name, settings.to_dict(plan.config(name, seed))] for name in plan.arms]
-    return hashlib.sha256(json.dumps(known).encode()).hexdigest()
+    known: dict[str, Any] = {"batches": wanted.batches, "blocks": wanted.blocks}
+    known["arms"] = {name: settings.to_dict(plan.config(name, seed)) for name in plan.arms}
+    if path.exists():
+        before = json.loads(path.read_text(encoding="utf-8"))
+        for name, tree in before["arms"].items():
+            before["arms"][name] = settings.to_dict(settings.build(Config, tree, str(path)))
+        changed = settings.changed_keys(before, known)
+        if changed:
+            raise UserError(
+                f"{path.parent} was measured with other settings ({', '.join(changed)}); take "
+                "another --output, or remove it"
+            )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, known)
 
 
 def _check_same(path: pathlib.Path, wanted: dict[str, Any]) -> None:
     if not path.exists():
         return
-    changed = settings.changed_keys(settings.load_yaml(path), wanted)
-    changed = [key for key in changed if key != "output_dir"]
+    # Built anew, so that settings which are younger than the run have their defaults.
+    before = settings.to_dict(settings.load(Config, path))
+    changed = [key for key in settings.changed_keys(before, wanted) if key != "output_dir"]
     if changed:
         raise UserError(
             f"{path.parent} was run with other settings ({', '.join(changed)}); take another "

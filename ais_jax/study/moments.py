@@ -41,8 +41,13 @@ def measure(blocks: Blocks, seed: int = 0) -> dict[str, Interval]:
         mse       their sum: E|g - E r|^2
         cosine    of E g and E r
 
-    and `error_ratio`, their sum in units of E|r - E r|^2, the error of unquantized sampling: this
-    is known best, since batches share their noise.
+    and, whatever the length of the gradients, which an optimizer such as Adam takes out anyway,
+
+        efficiency  (<E g, E r>^2 / E|g|^2) / (|E r|^4 / E|r|^2)
+
+    the share of a batch's squared gradient that lies along E r, in units of that of unquantized
+    sampling: how many unquantized batches one is worth while noise dominates. Where every batch is
+    noisy, the mean squared error of one of them rewards gradients that are merely short.
 
     Blocks are drawn with replacement, 2000 times (Efron, Annals of Statistics 7, 1979). Of a
     quantity without a finite value, such as where E r is not told from 0, the values are NaN.
@@ -73,19 +78,19 @@ def _estimates(blocks: Blocks, weights: np.ndarray) -> dict[str, np.ndarray]:
     products = {"gg": g @ g.T, "gr": g @ r.T, "rr": r @ r.T, "dd": (g - r) @ (g - r).T}
     mean = {name: _of_means(weights, product) for name, product in products.items()}
     second = weights @ blocks.squares / weights.sum(axis=1)
-    noise = weights @ blocks.reference_squares / weights.sum(axis=1) - mean["rr"]
+    unquantized = weights @ blocks.reference_squares / weights.sum(axis=1)
     with np.errstate(divide="ignore", invalid="ignore"):
         scale = np.where(mean["rr"] > 0, mean["rr"], np.nan)
         bias2 = mean["dd"] / scale
         variance = (second - mean["gg"]) / scale
         cosine = mean["gr"] / np.sqrt(np.where(mean["gg"] > 0, mean["gg"], np.nan) * scale)
-        ratio = (mean["dd"] + second - mean["gg"]) / np.where(noise > 0, noise, np.nan)
+        efficiency = np.square(mean["gr"] / scale) * unquantized / second
     return {
         "bias2": bias2,
         "variance": variance,
         "mse": bias2 + variance,
         "cosine": cosine,
-        "error_ratio": ratio,
+        "efficiency": efficiency,
     }
 
 

@@ -80,6 +80,7 @@ def _states(gradients: Sequence[dict], along: str) -> Iterable[str]:
         of_seed = sorted((g for g in states if g["seed"] == seed), key=lambda g: g["step"])
         names = list(of_seed[0]["arms"])
         for key, what in (
+            ("efficiency", "efficiency of one batch's gradient"),
             ("mse", "mean squared error of one batch's gradient"),
             ("bias2", "squared bias of the gradient"),
             ("variance", "variance of one batch's gradient"),
@@ -91,7 +92,7 @@ def _states(gradients: Sequence[dict], along: str) -> Iterable[str]:
             rows = [[name, *(_value(g["arms"][name][key]) for g in of_seed)] for name in names]
             relative = (
                 ""
-                if key in ("cosine", "coefficient", "severity")
+                if key in ("efficiency", "cosine", "coefficient", "severity")
                 else (", relative to the squared norm of the unquantized gradient")
             )
             yield (

@@ -36,8 +36,9 @@ def test_estimates_are_those_of_loops_over_pairs_of_blocks():
     assert found["variance"].value == pytest.approx(variance / rr)
     assert found["mse"].value == pytest.approx((bias2 + variance) / rr)
     assert found["cosine"].value == pytest.approx(of_different_blocks(g, r) / np.sqrt(gg * rr))
-    noise = blocks.reference_squares.mean() - rr
-    assert found["error_ratio"].value == pytest.approx((bias2 + variance) / noise)
+    along, length = of_different_blocks(g, r) / rr, blocks.squares.mean()
+    wanted = along**2 * blocks.reference_squares.mean() / length
+    assert found["efficiency"].value == pytest.approx(wanted)
 
 
 def test_squared_bias_is_unbiased_and_its_interval_covers_it():
@@ -62,7 +63,9 @@ def test_gradients_that_are_the_reference_have_no_bias_and_a_ratio_of_one():
     found = moments.measure(same)
     assert found["bias2"] == (0, 0, 0)
     assert found["cosine"].value == pytest.approx(1)
-    assert found["error_ratio"] == pytest.approx((1, 1, 1))
+    assert found["efficiency"] == pytest.approx((1, 1, 1))
+    shorter = same._replace(gradients=same.gradients / 2, squares=same.squares / 4)
+    assert moments.measure(shorter)["efficiency"] == pytest.approx((1, 1, 1))
 
 
 def test_a_target_that_is_not_told_from_zero_has_no_relative_error():

@@ -7,7 +7,7 @@ from ais_jax.study.statistics import Difference, has_collapsed, mean, paired, ve
 
 
 def test_paired_difference_is_that_of_students_t():
-    """Student's own table (Biometrika 6, 1908): hours of sleep gained by two drugs, ten patients."""
+    """Student's own table (Biometrika 6, 1908): hours of sleep gained by ten patients."""
     gained = [1.2, 2.4, 1.3, 1.3, 0.0, 1.0, 1.8, 0.8, 4.6, 1.4]
     found = paired(gained)
     assert found.value == pytest.approx(1.58)

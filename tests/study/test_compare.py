@@ -1,0 +1,218 @@
+"""Studies from the command line: what is run, what is not run again, and what is said of it."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import tiny_study
+from tiny_job import one_device
+
+from ais_jax.errors import UserError
+from ais_jax.study import compare as compare_lib
+from ais_jax.study import config as config_lib
+from ais_jax.study import outcomes
+
+ROOT = os.path.dirname(os.path.dirname(__file__))
+
+
+def environment():
+    return one_device() | {"PYTHONPATH": ROOT}
+
+
+def compare(path, *args):
+    command = [sys.executable, "-m", "ais_jax", "compare", str(path), *map(str, args)]
+    return subprocess.run(command, env=environment(), capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory):
+    """(file, folder) of a study that is done."""
+    folder = tmp_path_factory.mktemp("study")
+    path = tiny_study.write(folder, gradients=tiny_study.GRADIENTS)
+    result = compare(path, "--output", folder / "out", "--jobs", 2)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.splitlines()[-1] == str(folder / "out" / "report.html")
+    return path, folder / "out"
+
+
+def rows(run, name="metrics.jsonl"):
+    return [json.loads(line) for line in (run / name).read_text().splitlines()]
+
+
+def test_every_arm_and_seed_is_trained(study):
+    _, out = study
+    runs = sorted(p.relative_to(out / "runs").as_posix() for p in (out / "runs").glob("*/*"))
+    assert runs == ["exact/seed_0", "exact/seed_1", "int4/seed_0", "int4/seed_1"]
+    assert all(len(rows(out / "runs" / run)) == 4 for run in runs)
+    assert len(list((out / "gradients" / "int4" / "seed_0").glob("step_*.json"))) == 2
+    assert not list(out.rglob("failure.json"))
+
+
+def test_arms_of_a_seed_are_posed_the_same_with_the_same_keys(study):
+    """Before anything is learned the arms differ in the rounding of their samplers alone."""
+    _, out = study
+    samples = {
+        (arm, seed): [
+            row["example"] for row in rows(out / "runs" / arm / f"seed_{seed}", "samples.jsonl")
+        ]
+        for arm in ("exact", "int4")
+        for seed in (0, 1)
+    }
+    assert samples["exact", 0] == samples["int4", 0] != samples["exact", 1]
+    first = {key: rows(out / "runs" / key[0] / f"seed_{key[1]}")[0] for key in samples}
+    assert first["exact", 0]["severity"] < 1e-5 < first["int4", 0]["severity"]
+
+
+def test_results_are_means_over_seeds_and_paired_differences(study):
+    _, out = study
+    found = json.loads((out / "results.json").read_text())
+    by_run = {
+        (arm, seed): rows(out / "runs" / arm / f"seed_{seed}")
+        for arm in ("exact", "int4")
+        for seed in (0, 1)
+    }
+    # The tail is the last quarter of four steps.
+    rewards = {key: r[-1]["reward"] for key, r in by_run.items()}
+    assert found["runs"]["int4"]["1"]["reward"] == pytest.approx(rewards["int4", 1])
+    differences = [rewards["int4", s] - rewards["exact", s] for s in (0, 1)]
+    said = found["differences"]["int4"]["exact"]["reward"]
+    assert said["value"] == pytest.approx(sum(differences) / 2)
+    assert said["seeds"] == 2
+    # Student's t with one degree of freedom: tan(0.95 * pi / 2) times the standard error.
+    half = 12.7062 * abs(differences[0] - differences[1]) / 2
+    assert said["half_width"] == pytest.approx(half, rel=1e-4, abs=1e-9)
+    assert list(found["runs"]["int4_tis"]) == []
+    steps = [(state["along"], state["step"]) for state in found["gradients"]]
+    assert steps == [("int4", 0), ("int4", 2)]
+
+
+def test_page_needs_no_other_file(study):
+    _, out = study
+    page = (out / "report.html").read_text(encoding="utf-8")
+    pictures = re.findall(r'<img alt="[^"]+" src="data:image/png;base64,[A-Za-z0-9+/=]+">', page)
+    assert len(pictures) == page.count("<img") == len(list(out.glob("*.png"))) >= 6
+    assert not re.search(r'(src|href)="(?!data:)', page)
+    assert "int4 | int4 |" not in page and "<td>int4</td>" in page
+    assert "<th>verdict</th>" in page and "| verdict |" in (out / "tables.md").read_text()
+
+
+def test_what_is_done_is_not_run_again(study):
+    path, out = study
+    before = {p: p.stat().st_mtime_ns for p in out.rglob("*") if p.suffix in (".jsonl", ".yaml")}
+    before = {p: t for p, t in before.items() if p.name != "study.yaml"}
+    result = compare(path, "--output", out)
+    assert result.returncode == 0, result.stderr
+    assert {p: p.stat().st_mtime_ns for p in before} == before
+
+
+def test_other_settings_in_the_same_folder_are_refused(study):
+    path, out = study
+    result = compare(path, "settings.optimizer.learning_rate=0.5", "--output", out)
+    assert result.returncode == 2
+    assert "exact/seed_0 was run with other settings (optimizer.learning_rate)" in result.stderr
+    result = compare(path, "gradients.batches=9", "--output", out)
+    assert result.returncode == 2
+    assert "was measured with other settings" in result.stderr
+
+
+def test_a_failing_arm_leaves_the_others_alone(tmp_path):
+    failing = {"settings": {"rewards": {"train.reward_functions:absent": 1.0}}, "recipe": "fp8"}
+    path = tiny_study.write(
+        tmp_path,
+        "seeds=[0]",
+        "settings.train.steps=1",
+        arms={"failing": failing, **tiny_study.STUDY["arms"]},
+    )
+    out = tmp_path / "out"
+    result = compare(path, "--output", out, "--arms", "failing,exact")
+    assert result.returncode == 0, result.stderr
+    assert "failing, seed 0 failed:" in result.stdout and "absent" in result.stdout
+    found = json.loads((out / "results.json").read_text())
+    assert "absent" in found["failed"]["failing"]["0"]
+    assert list(found["runs"]["exact"]) == ["0"] and not found["runs"]["int4"]
+
+
+def test_a_study_that_is_told_to_leave_goes_on(tmp_path):
+    path = tiny_study.write(
+        tmp_path, "seeds=[0]", "settings.train.steps=2000", "settings.train.eval_every=0"
+    )
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "ais_jax", "compare", str(path), "--output", str(out)]
+    process = subprocess.Popen(command, env=environment(), stdout=subprocess.DEVNULL)
+    metrics = out / "runs" / "exact" / "seed_0" / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not metrics.exists() or metrics.read_text().count("\n") < 5:
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.2)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 143
+    done = len(rows(metrics.parent))
+    assert list((metrics.parent / "checkpoints").iterdir()), "nothing was saved"
+    time.sleep(0.5)
+    assert len(rows(metrics.parent)) == done, "a worker is still at it"
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ("baseline=none", "baseline='none' is no arm"),
+        ("arms.int4.recipe=int3", "arms.int4: recipe"),
+        ("arms.int4.correction=magic", "arms.int4: correction"),
+        ("arms.int4.settings={ais: {levle: token}}", "did you mean ais.level"),
+        ("arms.int4=3", "arms.int4: expected keys such as recipe"),
+        ("arms.a/b={recipe: none}", "names a folder"),
+        ("seeds=[1,1]", "each once"),
+        ("base=absent.yaml", "cannot be read"),
+        ("tail=0", "tail=0.0 must be above 0"),
+        ("gradients={along: int4, batches: 10, blocks: 4}", "multiple of blocks=4"),
+        ("gradients={along: exat}", "gradients.along='exat' is no arm"),
+    ],
+)
+def test_mistakes_are_said_in_one_line(tmp_path, change, said):
+    path = tiny_study.write(tmp_path)
+    with pytest.raises(UserError, match=re.escape(said)) as error:
+        config_lib.load(path, [change])
+    assert "\n" not in str(error.value)
+
+
+def test_unknown_arms_and_jobs_are_refused(tmp_path):
+    path = tiny_study.write(tmp_path)
+    with pytest.raises(UserError, match="'int5' is no arm"):
+        compare_lib.compare(path, output=tmp_path / "out", arms=["int5"])
+    with pytest.raises(UserError, match="--jobs 0"):
+        compare_lib.compare(path, output=tmp_path / "out", jobs=0)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_preset_decides_the_correction_and_nothing_else(tmp_path):
+    base_ais = {"ais": {"clip_high": 0.28, "severity_scale": "auto", "fixed_alpha": 0.3}}
+    path = tiny_study.write(tmp_path, settings=base_ais)
+    plan = config_lib.load(path)
+    assert plan.config("int4", 0).ais.coefficient == "fixed"
+    assert plan.config("int4", 0).ais.fixed_alpha == 0
+    assert plan.config("int4_tis", 0).ais.fixed_alpha == 1
+    assert plan.config("int4_auto", 0).ais.coefficient == "gated"
+    for arm in plan.arms:
+        config = plan.config(arm, 7)
+        assert config.ais.clip_high == 0.28 and config.ais.severity_scale == "auto"
+        assert config.train.seed == 7
+        assert config.rollout.recipe == plan.arms[arm].recipe
+
+
+def test_the_tail_is_the_last_share_of_the_steps():
+    assert config_lib.tail_start(400, 0.25) == 301
+    assert config_lib.tail_start(4, 0.25) == 4
+    assert config_lib.tail_start(10, 1.0) == 1
+    assert config_lib.tail_start(3, 0.01) == 3
+
+
+def test_runs_of_other_seeds_count_as_well(study):
+    path, out = study
+    plan = config_lib.load(path, ["seeds=[5]"])
+    found = outcomes.collect(plan, out)
+    assert sorted(found.runs["exact"]) == [0, 1]
