@@ -327,6 +327,7 @@ class TrainConfig:
     checkpoint_every: int = setting(50, "steps between checkpoints; 0 saves at the end alone")
     checkpoint_keep: int = setting(2, "newest checkpoints that are kept")
     eval_every: int = setting(0, "steps between held-out evaluations; 0 evaluates before and after")
+    eval_before: bool = setting(True, "evaluate before the first step, too")
     eval_examples: int | None = setting(
         None, "held-out problems of the evaluations between; null is all, as before and after"
     )

@@ -49,6 +49,37 @@ def differences(found: Mapping[str, tuple[float, float]], baseline: str) -> Figu
     return result
 
 
+def over_time(
+    found: Mapping[str, Mapping[int, Sequence[float]]], recipes: Mapping[str, str], baseline: str
+) -> Figure:
+    """Each arm's paired difference from the baseline against the step, a column a recipe.
+
+    Args:
+      found: arm -> step -> (difference, half-width of the 95 % interval, ...), as shares.
+      recipes: arm -> quantization of its rollouts.
+      baseline: what zero stands for.
+    """
+    columns = list(dict.fromkeys(recipes.values()))
+    members = {r: [a for a in found if recipes[a] == r and found[a]] for r in columns}
+    axes, result = grid(1, len(columns), max(map(len, members.values())))
+    for ax, recipe in zip(axes[0], columns, strict=True):
+        for name, look in zip(members[recipe], looks(members[recipe], None), strict=True):
+            steps = list(found[name])
+            values = 100 * np.array([found[name][step][:2] for step in steps], float)
+            ax.plot(steps, values[:, 0], marker="o", ms=3, lw=1.6, label=name, **look)
+            low, high = values[:, 0] - values[:, 1], values[:, 0] + values[:, 1]
+            ax.fill_between(steps, low, high, color=look["color"], alpha=0.1, lw=0)
+        ax.axhline(0, color=INK, lw=1)
+        title = f"Held-out accuracy minus {baseline}, points"
+        ax.set_title(title, loc="left", fontsize=9.5, weight="bold", color=INK)
+        ax.annotate(
+            f"rollouts in {recipe}", (0, 1.22), xycoords="axes fraction", fontsize=11, color=GREY
+        )
+        ax.set_xlabel("training step", color=INK, fontsize=9)
+        legend_below(ax)
+    return result
+
+
 def gradients(states: Sequence[Mapping[str, Any]], names: Sequence[str]) -> Figure | None:
     """Gradient quality against the step, a column a recipe, with 95 % bootstrap intervals.
 

@@ -207,10 +207,12 @@ def calibrated(group: Group, sampler: Sampler) -> np.ndarray:
 @functools.partial(jax.jit, static_argnums=1)
 def _severities(batch: TrainBatch, configs: tuple[AISConfig, ...]) -> list[jax.Array]:
     return [
-        ais.diagnose(
-            ais.importance_weights(batch.old_logps, batch.rollout.logps, batch.mask, config),
-            batch.advantages,
-        ).severity
+        jnp.asarray(
+            ais.diagnose(
+                ais.importance_weights(batch.old_logps, batch.rollout.logps, batch.mask, config),
+                batch.advantages,
+            ).severity
+        )
         for config in configs
     ]
 

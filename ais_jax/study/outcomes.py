@@ -35,11 +35,13 @@ class Outcomes:
 
     Attributes:
       runs: arm -> seed -> outcome -> value.
+      evaluations: arm -> seed -> step -> held-out accuracy, greedy.
       collapsed: arm -> seeds whose reward fell below half of what it had been.
       failed: arm -> seed -> why.
     """
 
     runs: dict[str, dict[int, dict[str, float]]]
+    evaluations: dict[str, dict[int, dict[int, float]]]
     collapsed: dict[str, list[int]]
     failed: dict[str, dict[int, str]]
 
@@ -51,6 +53,15 @@ class Outcomes:
         """Of `arm` minus `other`, paired by seed."""
         shared = sorted(self.runs[arm].keys() & self.runs[other].keys())
         return paired([self.runs[arm][s][outcome] - self.runs[other][s][outcome] for s in shared])
+
+    def over_time(self, arm: str, other: str) -> dict[int, Difference]:
+        """By step, the difference of held-out accuracy where both have been evaluated."""
+        mine, others = self.evaluations[arm], self.evaluations[other]
+        by_step: dict[int, list[float]] = {}
+        for seed in sorted(mine.keys() & others.keys()):
+            for step in mine[seed].keys() & others[seed].keys():
+                by_step.setdefault(step, []).append(mine[seed][step] - others[seed][step])
+        return {step: paired(by_step[step]) for step in sorted(by_step)}
 
 
 def run_folder(folder: pathlib.Path, arm: str, seed: int) -> pathlib.Path:
@@ -65,24 +76,31 @@ def gradient_folder(folder: pathlib.Path, along: str, seed: int) -> pathlib.Path
 
 def collect(plan: Plan, folder: pathlib.Path) -> Outcomes:
     """The finished runs of all arms, also of seeds that the study does not name."""
-    found = Outcomes({}, {}, {})
+    found = Outcomes({}, {}, {}, {})
     for arm in plan.arms:
         runs: dict[int, dict[str, float]] = {}
-        found.failed[arm], found.collapsed[arm] = {}, []
+        found.evaluations[arm], found.failed[arm], found.collapsed[arm] = {}, {}, []
         for place in (folder / "runs" / arm).glob("seed_*"):
             seed = int(place.name.removeprefix("seed_"))
             failure = place / "failure.json"
             if failure.exists():
                 found.failed[arm][seed] = json.loads(failure.read_text())["failed"]
             elif (place / "summary.json").exists():
-                runs[seed], collapsed = _outcome(place, plan.study.tail)
+                rows = read_metrics(place / "metrics.jsonl")
+                found.evaluations[arm][seed] = {
+                    row["step"]: row["eval_accuracy"]
+                    for row in rows
+                    if row.get("eval_accuracy") is not None
+                }
+                runs[seed], collapsed = _outcome(place, rows, plan.study.tail)
                 found.collapsed[arm] += [seed] if collapsed else []
         found.runs[arm] = dict(sorted(runs.items()))
     return found
 
 
-def _outcome(place: pathlib.Path, tail: float) -> tuple[dict[str, float], bool]:
-    rows = read_metrics(place / "metrics.jsonl")
+def _outcome(
+    place: pathlib.Path, rows: Sequence[Mapping[str, Any]], tail: float
+) -> tuple[dict[str, float], bool]:
     after = json.loads((place / "summary.json").read_text(encoding="utf-8"))["after"]
     steps = rows[-1]["step"]
     last = [row for row in rows if row["step"] >= tail_start(steps, tail)]
@@ -137,6 +155,13 @@ def _evidence(plan: Plan, found: Outcomes, states: list[dict]) -> dict[str, tupl
             f"Accuracy against {base}",
             evidence.differences(against, base),
         )
+        recipes = {a: plan.arms[a].recipe for a in trained if a != base}
+        timed = {a: found.over_time(a, base) for a in recipes}
+        if any(timed.values()):
+            figures["differences_over_time"] = (
+                f"Accuracy against {base} over training",
+                evidence.over_time(timed, recipes, base),
+            )
     names = [name for name, arm in plan.arms.items() if arm.train]
     runs = sorted({(state["along"], state["seed"]) for state in states})
     for along, seed in runs:
@@ -153,9 +178,9 @@ def _as_json(plan: Plan, found: Outcomes, gradients: list[dict]) -> dict[str, An
     return {
         "baseline": plan.study.baseline,
         "outcomes": OUTCOMES,
-        "runs": {a: {str(s): x for s, x in runs.items()} for a, runs in found.runs.items()},
+        "runs": _keys_as_text(found.runs),
         "collapsed": found.collapsed,
-        "failed": {a: {str(s): x for s, x in why.items()} for a, why in found.failed.items()},
+        "failed": _keys_as_text(found.failed),
         "means": {a: {o: found.mean(a, o)._asdict() for o in OUTCOMES} for a in trained},
         "differences": {
             a: {
@@ -165,8 +190,16 @@ def _as_json(plan: Plan, found: Outcomes, gradients: list[dict]) -> dict[str, An
             }
             for a in trained
         },
+        "evaluations": _keys_as_text(found.evaluations),
         "gradients": gradients,
     }
+
+
+def _keys_as_text(tree: Any) -> Any:
+    """As JSON has them."""
+    if not isinstance(tree, dict):
+        return tree
+    return {str(key): _keys_as_text(value) for key, value in tree.items()}
 
 
 def _read_gradients(plan: Plan, folder: pathlib.Path) -> list[dict]:

@@ -22,6 +22,7 @@ def markdown(plan: Plan, found: Outcomes, gradients: Sequence[dict]) -> str:
         parts += [_arms(plan, found)]
         recipes = dict.fromkeys(arm.recipe for arm in plan.arms.values())
         parts += [t for recipe in recipes if (t := _pairs(plan, found, recipe))]
+        parts += [t for t in (_over_time(plan, found),) if t]
     parts += [
         t for along in sorted({g["along"] for g in gradients}) for t in _states(gradients, along)
     ]
@@ -72,6 +73,20 @@ def _pairs(plan: Plan, found: Outcomes, recipe: str) -> str:
     ]
     note = f"Accuracy with rollouts in {recipe}, row minus column, points:"
     return f"{note}\n\n{_table(['', *names], rows)}"
+
+
+def _over_time(plan: Plan, found: Outcomes) -> str:
+    base = plan.study.baseline
+    by_arm = {n: found.over_time(n, base) for n in plan.arms if n != base and found.runs[n]}
+    steps = sorted({step for differences in by_arm.values() for step in differences})
+    if not steps:
+        return ""
+    rows = [
+        [name, *(_difference(of_arm[s]) if s in of_arm else "-" for s in steps)]
+        for name, of_arm in by_arm.items()
+    ]
+    note = f"Held-out accuracy (greedy) minus {base} by step, points:"
+    return f"{note}\n\n{_table(['arm', *(f'step {s}' for s in steps)], rows)}"
 
 
 def _states(gradients: Sequence[dict], along: str) -> Iterable[str]:

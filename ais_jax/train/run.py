@@ -143,7 +143,9 @@ def _stages(
             start, iterator = _resume(run, examples, checkpoints, state)
             del state
         if start.step == 0:
-            before = _evaluate_all(evaluator, run.join(start.state.params), examples, phases)
+            before: dict[str, float] = {}
+            if config.train.eval_before:
+                before = _evaluate_all(evaluator, run.join(start.state.params), examples, phases)
             start = start._replace(host={"before": before})
 
     grpo_began = time.perf_counter()
