@@ -76,6 +76,8 @@ def compare(
             raise UserError(f"{name!r} is no arm of {path}; they are {', '.join(plan.arms)}")
     if jobs < 1:
         raise UserError(f"--jobs {jobs} must be at least 1")
+    if minutes is not None and not minutes > 0:
+        raise UserError(f"--minutes {minutes:g} must be above 0")
     folder = (
         pathlib.Path("runs", pathlib.Path(path).stem) if output is None else pathlib.Path(output)
     )
@@ -212,6 +214,8 @@ def _work(
                     worker.close()
                 for thread in threads:
                     thread.join()
+        if not waiting.empty():
+            progress.message(f"{waiting.qsize()} parts are left; the same command goes on")
 
 
 @contextlib.contextmanager

@@ -157,6 +157,15 @@ def test_a_study_that_is_told_to_leave_goes_on(tmp_path):
     assert len(rows(metrics.parent)) == done, "a worker is still at it"
 
 
+def test_nothing_is_begun_once_the_time_is_up(tmp_path):
+    path = tiny_study.write(tmp_path)
+    result = compare(path, "--output", tmp_path / "out", "--minutes", "1e-6")
+    assert result.returncode == 0, result.stderr
+    assert "4 parts are left; the same command goes on" in result.stdout
+    assert not (tmp_path / "out" / "runs").exists()
+    assert "<h1>out</h1>" in (tmp_path / "out" / "report.html").read_text()
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
@@ -186,6 +195,8 @@ def test_unknown_arms_and_jobs_are_refused(tmp_path):
         compare_lib.compare(path, output=tmp_path / "out", arms=["int5"])
     with pytest.raises(UserError, match="--jobs 0"):
         compare_lib.compare(path, output=tmp_path / "out", jobs=0)
+    with pytest.raises(UserError, match="--minutes 0 must be above 0"):
+        compare_lib.compare(path, output=tmp_path / "out", minutes=0)
     assert not (tmp_path / "out").exists()
 
 

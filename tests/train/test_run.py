@@ -20,7 +20,7 @@ from ais_jax.tasks import get_task
 from ais_jax.train import checkpoint, data, loop
 from ais_jax.train.collect import Sampled, select_groups
 from ais_jax.train.metrics import read_metrics
-from ais_jax.train.setup import build_examples
+from ais_jax.train.setup import build_examples, build_run, initial_params
 from ais_jax.train.warmup import fingerprint
 
 REQUIRED = {
@@ -415,6 +415,40 @@ def test_options_of_the_loop(job):
     assert all(row["sequences"] <= 16 for row in rows)
     ais_jax.train(make("free", **{**changes, "grpo.kl_coef": 0.0}), varied)
     assert all(row["kl"] == 0 for row in metrics_of(folder / "free"))
+
+
+def test_runs_of_different_seeds_may_begin_at_one_policy(job):
+    make, folder = job
+    both = {"warmup.seed": 3, "warmup.cache": False, "train.steps": 1, "optimizer.learning_rate": 0}
+    found = [ais_jax.train(make(f"s{seed}", **both, **{"train.seed": seed})) for seed in (0, 1)]
+    # Greedy decoding shows the policy, samples the seed.
+    assert found[0]["before"]["heldout_accuracy"] == found[1]["before"]["heldout_accuracy"]
+    rewards = [read_metrics(folder / f"s{seed}" / "samples.jsonl")[0] for seed in (0, 1)]
+    assert rewards[0]["example"] != rewards[1]["example"]
+    other = ais_jax.train(make("other", **{**both, "warmup.seed": None, "train.seed": 3}))
+    assert other["before"]["heldout_accuracy"] == found[0]["before"]["heldout_accuracy"]
+    run = [build_run(make(**both, **{"train.seed": seed}), folder) for seed in (0, 1)]
+    one, same = (initial_params(r)[0] for r in run)
+    assert all(jax.tree.leaves(jax.tree.map(lambda a, b: (a == b).all(), one, same)))
+    different = initial_params(build_run(make(**{"warmup.seed": 4}), folder))[0]
+    assert not all(jax.tree.leaves(jax.tree.map(lambda a, b: (a == b).all(), one, different)))
+
+
+def test_evaluations_between_take_a_part_and_several_samples(job):
+    make, folder = job
+    changes = {"eval_every": 2, "eval_examples": 8, "eval_samples": 3, "eval_before": False}
+    summary = ais_jax.train(make(**{f"train.{key}": value for key, value in changes.items()}))
+    assert summary["before"] == {}
+    assert set(summary["after"]) == {"heldout_accuracy", "heldout_sampled_accuracy"}
+    for row in read_metrics(folder / "run" / "metrics.jsonl"):
+        if row["step"] % 2:
+            assert "eval_accuracy" not in row
+            continue
+        assert (row["eval_accuracy"] * 8) % 1 == 0
+        mean, any_of_three = row["eval_sampled_accuracy"], row["eval_pass_at_3"]
+        assert (mean * 24) % 1 == pytest.approx(0, abs=1e-6) or (mean * 24) % 1 > 1 - 1e-6
+        assert mean <= any_of_three <= min(3 * mean, 1) + 1e-9
+        assert row["accuracy"] <= row["group_accuracy"] <= min(4 * row["accuracy"], 1) + 1e-9
 
 
 def test_dynamic_sampling_refills_with_groups_that_differ(job):
