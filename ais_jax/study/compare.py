@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import pathlib
@@ -106,16 +107,18 @@ def _runs(plan: Plan, folder: pathlib.Path, arms: Sequence[str]) -> Iterator[Uni
 
 def _gradients(plan: Plan, path, overrides: Sequence[str], folder: pathlib.Path) -> Iterator[Unit]:
     wanted = plan.study.gradients
-    for seed in wanted.seeds if wanted else ():
-        assert wanted is not None
-        place = outcomes.gradient_folder(folder, wanted.along, seed)
+    if wanted is None:
+        return
+    for along, seed in itertools.product(wanted.along, wanted.seeds):
+        place = outcomes.gradient_folder(folder, along, seed)
         request = {
             "study": str(pathlib.Path(path).resolve()),
             "overrides": list(overrides),
+            "along": along,
             "seed": seed,
             "folder": str(place.resolve()),
         }
-        yield Unit(wanted.along, seed, place, request)
+        yield Unit(along, seed, place, request)
 
 
 def _is_done(unit: Unit, plan: Plan) -> bool:

@@ -41,8 +41,8 @@ class Arm:
 class Gradients:
     """At which states gradients are measured, and with how many batches."""
 
-    along: str = setting(doc="the arm whose states are measured at")
-    seeds: tuple[int, ...] = setting((0,), "seeds of the runs whose states these are")
+    along: tuple[str, ...] = setting(doc="arms whose runs are measured along")
+    seeds: tuple[int, ...] = setting((0,), "seeds of these runs")
     steps: tuple[int, ...] = setting((0,), "after how many steps of GRPO")
     batches: int = setting(1024, "rollout batches at each state")
     blocks: int = setting(64, "parts of these batches that the bootstrap draws from")
@@ -83,7 +83,8 @@ class Study:
                 raise ValueError(
                     f"arms: {name!r} names a folder: take letters, digits and . _ + = -"
                 )
-        for key, name in (("baseline", self.baseline), ("gradients.along", self._along)):
+        along = () if self.gradients is None else self.gradients.along
+        for key, name in (("baseline", self.baseline), *(("gradients.along", x) for x in along)):
             if name not in self.arms:
                 raise ValueError(f"{key}={name!r} is no arm; the arms are {', '.join(self.arms)}")
         if not self.seeds or len(set(self.seeds)) < len(self.seeds) or min(self.seeds) < 0:
@@ -91,10 +92,6 @@ class Study:
         if not 0 < self.tail <= 1:
             raise ValueError(f"tail={self.tail} must be above 0 and at most 1")
         settings.positive(self, "half_width")
-
-    @property
-    def _along(self) -> str:
-        return self.baseline if self.gradients is None else self.gradients.along
 
 
 @dataclasses.dataclass(frozen=True)

@@ -25,7 +25,7 @@ from ais_jax import ais, compilation, settings
 from ais_jax.ais_config import AISConfig
 from ais_jax.sampling import Policy
 from ais_jax.study import moments
-from ais_jax.study.config import Plan
+from ais_jax.study.config import Gradients, Plan
 from ais_jax.train import data
 from ais_jax.train import state as state_lib
 from ais_jax.train.collect import Judge, sample_groups
@@ -218,7 +218,12 @@ def _severities(batch: TrainBatch, configs: tuple[AISConfig, ...]) -> list[jax.A
 
 
 def measure_along(
-    plan: Plan, seed: int, folder: pathlib.Path, between: Callable[[], object], say: Callable
+    plan: Plan,
+    along: str,
+    seed: int,
+    folder: pathlib.Path,
+    between: Callable[[], object],
+    say: Callable[[str], None],
 ) -> None:
     """Measures at every state of a run that has no file in `folder` yet.
 
@@ -226,6 +231,7 @@ def measure_along(
 
     Args:
       plan: the study.
+      along: the arm of the run whose states are measured at.
       seed: of the run whose states are measured at.
       folder: where results go.
       between: called between batches; what it raises ends the measurement.
@@ -239,7 +245,7 @@ def measure_along(
         return
     folder.mkdir(parents=True, exist_ok=True)
     groups = group_arms(plan, seed)
-    config = plan.config(wanted.along, seed)
+    config = plan.config(along, seed)
     run = build_run(config, folder)
     examples = drop_long(build_examples(config), run.prompter).train
     rewarder = Rewarder(
@@ -256,10 +262,12 @@ def measure_along(
                     for g in groups
                 ]
             if step in missing:
-                at = (wanted.batches, wanted.blocks, seed + _APART + step)
-                found = _measure_state(groups, scales, state, examples, judge, *at, between)
+                of_state = seed + _APART + step
+                found = _measure_state(
+                    groups, scales, state, examples, judge, wanted, of_state, between
+                )
                 write_json(folder / f"step_{step}.json", {"step": step, "seed": seed, **found})
-                say(f"gradients along {wanted.along}, seed {seed}: step {step} is measured")
+                say(f"gradients along {along}, seed {seed}: step {step} is measured")
 
 
 def _with_frozen(run: Run, like: Run) -> Run:
@@ -291,61 +299,44 @@ def _measure_state(
     state: Any,
     examples: list[dict],
     judge: Judge,
-    batches: int,
-    blocks: int,
+    wanted: Gradients,
     seed: int,
     between: Callable[[], object],
 ) -> dict:
     """The result of one state: arms by name, see `_result`."""
-    samplers = [Sampler(g, state, examples, seed, judge) for g in groups]
-    plain = _unquantized(groups)
-    reference = None if plain in groups else Sampler(plain, state, examples, seed, judge)
-    programs = [_program(g) for g in groups]
-    alone = _program(plain)
-    size = batches // blocks
-    done: list[list[Sums]] = [[] for _ in groups]
-    references = []
-    for block in range(blocks):
-        sums: list[Sums | None] = [None] * len(groups)
-        of_reference: Sums | None = None
+    everyone, exact = _with_unquantized(groups)
+    scales = [*scales, np.zeros(1, np.float32)][: len(everyone)]
+    samplers = [Sampler(g, state, examples, seed, judge) for g in everyone]
+    size = wanted.batches // wanted.blocks
+    blocks = []
+    for block in range(wanted.blocks):
+        sums: list[Any] = [None] * len(everyone)
         for i in range(block * size, (block + 1) * size):
             between()
-            for j, group in enumerate(groups):
-                batch = samplers[j].batch(i)
-                sums[j] = programs[j](sums[j], state.params, group.run.frozen, batch, scales[j])
-            if reference is not None:
-                batch = reference.batch(i)
-                none = np.zeros(len(plain.arms), np.float32)
-                of_reference = alone(of_reference, state.params, plain.run.frozen, batch, none)
-        means = [jax.tree.map(lambda x: np.asarray(x) / size, s) for s in sums]
-        for j, mean in enumerate(means):
-            done[j].append(mean)
-        of = means[groups.index(plain)] if reference is None else _mean(of_reference, size)
-        references.append((of.parts[0], of.products[0, 0]))
-    r, r_squares = (np.stack(x) for x in zip(*references, strict=True))
-    result: dict[str, Any] = {"batches": batches, "arms": {}, "weightings": []}
-    for group, scale, parts in zip(groups, scales, done, strict=True):
-        stacked = jax.tree.map(lambda *x: np.stack(x), *parts)
-        result["arms"] |= _result(group, scale, stacked, r, r_squares)
-        result["weightings"] += _mixtures(group, stacked, r, r_squares)
+            for j, (g, sampler) in enumerate(zip(everyone, samplers, strict=True)):
+                args = state.params, g.run.frozen, sampler.batch(i), scales[j]
+                sums[j] = _program(g)(sums[j], *args)
+        blocks.append(jax.tree.map(lambda x: np.asarray(x) / size, sums))
+    stacked = jax.tree.map(lambda *x: np.stack(x), *blocks)
+    reference = stacked[exact].parts[:, 0], stacked[exact].products[:, 0, 0]
+    result: dict[str, Any] = {"batches": wanted.batches, "arms": {}, "weightings": []}
+    for group, scale, of_group in zip(groups, scales, stacked, strict=False):
+        result["arms"] |= _result(group, scale, of_group, *reference)
+        result["weightings"] += _mixtures(group, of_group, *reference)
     return result
 
 
-def _mean(sums: Any, size: int) -> Any:
-    return jax.tree.map(lambda x: np.asarray(x) / size, sums)
-
-
-def _unquantized(groups: list[Group]) -> Group:
-    """The group of an arm without quantization, or what it would be."""
-    for group in groups:
+def _with_unquantized(groups: list[Group]) -> tuple[list[Group], int]:
+    """The groups, with one that samples without quantization, and which of them that is."""
+    for i, group in enumerate(groups):
         if group.run.recipe[0] == "none":
-            return group
-    first = groups[0]
-    rollout = dataclasses.replace(first.run.config.rollout, recipe="none")
-    config = dataclasses.replace(first.run.config, rollout=rollout)
-    run = _with_frozen(build_run(config, first.run.directory), first.run)
+            return groups, i
+    first = groups[0].run
+    rollout = dataclasses.replace(first.config.rollout, recipe="none")
+    config = dataclasses.replace(first.config, rollout=rollout)
+    run = _with_frozen(build_run(config, first.directory), first)
     kind = weighting_of(config.ais)
-    return Group(run, ("unquantized",), (kind,), (kind,), (0,))
+    return [*groups, Group(run, ("unquantized",), (kind,), (kind,), (0,))], len(groups)
 
 
 def _program(group: Group) -> Callable:
@@ -354,7 +345,7 @@ def _program(group: Group) -> Callable:
 
 @functools.cache
 def _compiled(policy: Policy, configs, weightings, of_arm) -> Callable:
-    # Compiled for once per study and state: the parameters and sums are arguments.
+    """`accumulate` of a group, jitted once, whatever the state."""
     return jax.jit(
         functools.partial(
             accumulate, policy=policy, configs=configs, weightings=weightings, of_arm=of_arm

@@ -57,7 +57,12 @@ def _measure(request: dict[str, Any]) -> dict[str, Any]:
     phases = Phases()
     with phases.listening():
         gradients.measure_along(
-            plan, request["seed"], pathlib.Path(request["folder"]), phases.leave_if_told, print
+            plan,
+            request["along"],
+            request["seed"],
+            pathlib.Path(request["folder"]),
+            phases.leave_if_told,
+            print,
         )
     return {}
 

@@ -178,8 +178,8 @@ def test_nothing_is_begun_once_the_time_is_up(tmp_path):
         ("seeds=[1,1]", "each once"),
         ("base=absent.yaml", "cannot be read"),
         ("tail=0", "tail=0.0 must be above 0"),
-        ("gradients={along: int4, batches: 10, blocks: 4}", "multiple of blocks=4"),
-        ("gradients={along: exat}", "gradients.along='exat' is no arm"),
+        ("gradients={along: [int4], batches: 10, blocks: 4}", "multiple of blocks=4"),
+        ("gradients={along: [int4, exat]}", "gradients.along='exat' is no arm"),
     ],
 )
 def test_mistakes_are_said_in_one_line(tmp_path, change, said):

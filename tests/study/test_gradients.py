@@ -100,7 +100,7 @@ def plan(tmp_path_factory):
 
 def test_states_of_a_run_are_measured_once(plan, tmp_path):
     said = []
-    gradients.measure_along(plan, 0, tmp_path, lambda: None, said.append)
+    gradients.measure_along(plan, "int4", 0, tmp_path, lambda: None, said.append)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step_0.json", "step_2.json"]
     states = [json.loads((tmp_path / f"step_{i}.json").read_text()) for i in (0, 2)]
     for state in states:
@@ -119,7 +119,7 @@ def test_states_of_a_run_are_measured_once(plan, tmp_path):
     )
     (tmp_path / "step_2.json").unlink()
     before = (tmp_path / "step_0.json").stat().st_mtime_ns
-    gradients.measure_along(plan, 0, tmp_path, lambda: None, said.append)
+    gradients.measure_along(plan, "int4", 0, tmp_path, lambda: None, said.append)
     assert json.loads((tmp_path / "step_2.json").read_text()) == states[1]
     assert (tmp_path / "step_0.json").stat().st_mtime_ns == before
 

@@ -37,7 +37,7 @@ STUDY = {
         },
     },
 }
-GRADIENTS = {"along": "int4", "steps": [0, 2], "batches": 6, "blocks": 3}
+GRADIENTS = {"along": ["int4"], "steps": [0, 2], "batches": 6, "blocks": 3}
 
 
 def write(folder: pathlib.Path, *changes: str, **parts) -> pathlib.Path:
