@@ -62,7 +62,7 @@ def test_evaluations_are_points_at_their_steps():
     figures = draw([Curves("a", "fp8", [run])])
     x, y = line(figures["learning"][1], "eval_accuracy:a")
     assert list(x) == [3, 6] and list(y) == [0.2, 0.5]
-    x, y = line(figures["exploration"][1], "pass_at:a")
+    x, y = line(figures["exploration"][1], "eval_pass_at:a")
     assert list(x) == [3, 6] and list(y) == [0.4, 1.0]
 
 

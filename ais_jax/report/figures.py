@@ -87,7 +87,7 @@ _FIGURES: dict[str, tuple[str, tuple[_Panel, ...]]] = {
         (
             _Panel("entropy", "Entropy of the policy, nats a token"),
             _Panel("group_accuracy", "Groups with a solution: pass@group of the sampling copy"),
-            _Panel("pass_at", "Held-out pass@k of the policy", points=True),
+            _Panel("eval_pass_at", "Held-out pass@k of the policy", points=True),
         ),
     ),
 }
@@ -193,12 +193,12 @@ def looks(names: Sequence[str], baseline: str | None) -> list[dict[str, Any]]:
 
 
 def _has(curves: Curves, panel: _Panel) -> bool:
-    return any(np.isfinite(_values(rows, panel.key)).any() for rows in curves.runs)
+    return any(np.isfinite(evaluation(rows, panel.key)).any() for rows in curves.runs)
 
 
-def _values(rows: Sequence[Mapping[str, Any]], key: str) -> np.ndarray:
-    """The metric of every row; "pass_at" stands for the one of its kind that is there."""
-    if key == "pass_at":
+def evaluation(rows: Sequence[Mapping[str, Any]], key: str) -> np.ndarray:
+    """[rows] a metric, NaN where there is none; "eval_pass_at" stands for that of any k."""
+    if key == "eval_pass_at":
         names = {name for row in rows for name in row if name.startswith("eval_pass_at_")}
         key = min(names, default=key)
     return column(rows, key)
@@ -210,7 +210,7 @@ def table(curves: Curves, key: str) -> tuple[np.ndarray, np.ndarray]:
     values = np.full((len(curves.runs), len(steps)), np.nan)
     for i, rows in enumerate(curves.runs):
         at = np.searchsorted(steps, [row["step"] for row in rows])
-        values[i, at] = _values(rows, key)
+        values[i, at] = evaluation(rows, key)
     return steps, values
 
 

@@ -22,6 +22,16 @@ _CORRECTION = (
     *("level", "cap", "coefficient", "fixed_alpha", "mask_low", "mask_high"),
     *("geometric_low", "geometric_high", "veto"),
 )
+# What a run is judged by.
+OUTCOMES = {
+    "accuracy": "held-out accuracy, greedy, mean over the evaluations of the tail",
+    "sampled_accuracy": "the same of samples, which says more of the policy with less noise",
+    "final_accuracy": "held-out accuracy after the last step, greedy, all problems",
+    "final_sampled_accuracy": "the same, one sample of each",
+    "reward": "reward of the sampling copy, mean over the steps of the tail",
+}
+# What is measured of a policy now and then, by the metric's name without "eval_".
+EVALUATIONS = ("accuracy", "sampled_accuracy", "pass_at")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+=-]*")
 
 
@@ -69,6 +79,7 @@ class Study:
     settings: dict[str, Any] = setting(
         doc="settings that replace those of base, for all arms", default_factory=dict
     )
+    outcome: str = setting("accuracy", "what verdicts are about, one of OUTCOMES", choices=OUTCOMES)
     tail: float = setting(0.25, "last share of the steps that outcomes are means over")
     half_width: float = setting(
         0.02, "half-width of a 95 % interval above which a difference is called undecided"

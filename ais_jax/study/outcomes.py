@@ -13,20 +13,11 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from ais_jax.report import evidence, page
-from ais_jax.report.figures import Curves, draw
+from ais_jax.report.figures import Curves, draw, evaluation
 from ais_jax.study import tables
-from ais_jax.study.config import Plan, tail_start
+from ais_jax.study.config import EVALUATIONS, OUTCOMES, Plan, tail_start
 from ais_jax.study.statistics import Difference, Mean, has_collapsed, mean, paired
 from ais_jax.train.metrics import read_metrics, write_json
-
-# What a run is judged by, and where it comes from.
-OUTCOMES = {
-    "accuracy": "held-out accuracy, greedy, mean over the evaluations of the tail",
-    "sampled_accuracy": "the same, one sample at the sampling temperature",
-    "final_accuracy": "held-out accuracy after the last step, greedy, all problems",
-    "final_sampled_accuracy": "the same, one sample at the sampling temperature",
-    "reward": "reward of the sampling copy, mean over the steps of the tail",
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,13 +26,13 @@ class Outcomes:
 
     Attributes:
       runs: arm -> seed -> outcome -> value.
-      evaluations: arm -> seed -> step -> held-out accuracy, greedy.
+      evaluations: arm -> seed -> one of `EVALUATIONS` -> step -> value.
       collapsed: arm -> seeds whose reward fell below half of what it had been.
       failed: arm -> seed -> why.
     """
 
     runs: dict[str, dict[int, dict[str, float]]]
-    evaluations: dict[str, dict[int, dict[int, float]]]
+    evaluations: dict[str, dict[int, dict[str, dict[int, float]]]]
     collapsed: dict[str, list[int]]
     failed: dict[str, dict[int, str]]
 
@@ -54,13 +45,14 @@ class Outcomes:
         shared = sorted(self.runs[arm].keys() & self.runs[other].keys())
         return paired([self.runs[arm][s][outcome] - self.runs[other][s][outcome] for s in shared])
 
-    def over_time(self, arm: str, other: str) -> dict[int, Difference]:
-        """By step, the difference of held-out accuracy where both have been evaluated."""
+    def over_time(self, arm: str, other: str, name: str) -> dict[int, Difference]:
+        """By step, the difference of an evaluation, where both have it."""
         mine, others = self.evaluations[arm], self.evaluations[other]
         by_step: dict[int, list[float]] = {}
         for seed in sorted(mine.keys() & others.keys()):
-            for step in mine[seed].keys() & others[seed].keys():
-                by_step.setdefault(step, []).append(mine[seed][step] - others[seed][step])
+            a, b = mine[seed][name], others[seed][name]
+            for step in a.keys() & b.keys():
+                by_step.setdefault(step, []).append(a[step] - b[step])
         return {step: paired(by_step[step]) for step in sorted(by_step)}
 
 
@@ -87,15 +79,16 @@ def collect(plan: Plan, folder: pathlib.Path) -> Outcomes:
                 found.failed[arm][seed] = json.loads(failure.read_text())["failed"]
             elif (place / "summary.json").exists():
                 rows = read_metrics(place / "metrics.jsonl")
-                found.evaluations[arm][seed] = {
-                    row["step"]: row["eval_accuracy"]
-                    for row in rows
-                    if row.get("eval_accuracy") is not None
-                }
+                found.evaluations[arm][seed] = {x: _evaluated(rows, x) for x in EVALUATIONS}
                 runs[seed], collapsed = _outcome(place, rows, plan.study.tail)
                 found.collapsed[arm] += [seed] if collapsed else []
         found.runs[arm] = dict(sorted(runs.items()))
     return found
+
+
+def _evaluated(rows: Sequence[Mapping[str, Any]], name: str) -> dict[int, float]:
+    values = evaluation(rows, f"eval_{name}")
+    return {row["step"]: float(x) for row, x in zip(rows, values, strict=True) if x == x}
 
 
 def _outcome(
@@ -149,17 +142,18 @@ def _evidence(plan: Plan, found: Outcomes, states: list[dict]) -> dict[str, tupl
     figures: dict[str, tuple[str, Figure]] = {}
     base = plan.study.baseline
     trained = [arm for arm in plan.arms if found.runs[arm]]
-    against = {a: found.difference(a, base, "accuracy")[:2] for a in trained if a != base}
+    against = {a: found.difference(a, base, plan.study.outcome)[:2] for a in trained if a != base}
     if against and base in trained:
         figures["differences"] = (
-            f"Accuracy against {base}",
+            f"Against {base}: {OUTCOMES[plan.study.outcome]}",
             evidence.differences(against, base),
         )
         recipes = {a: plan.arms[a].recipe for a in trained if a != base}
-        timed = {a: found.over_time(a, base) for a in recipes}
+        name = "sampled_accuracy" if "sampled" in plan.study.outcome else "accuracy"
+        timed = {a: found.over_time(a, base, name) for a in recipes}
         if any(timed.values()):
             figures["differences_over_time"] = (
-                f"Accuracy against {base} over training",
+                f"Held-out {name.replace('_', ' ')} against {base} over training",
                 evidence.over_time(timed, recipes, base),
             )
     names = [name for name, arm in plan.arms.items() if arm.train]

@@ -6,13 +6,19 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
-from ais_jax.study.config import Plan
+from ais_jax.study.config import EVALUATIONS, Plan
 from ais_jax.study.statistics import Difference, Mean, verdict
 
 if TYPE_CHECKING:
     from ais_jax.study.outcomes import Outcomes
 
-_MAIN = "accuracy"  # the outcome that verdicts are about
+_LABELS = {
+    "accuracy": "greedy",
+    "sampled_accuracy": "sampled",
+    "final_accuracy": "final greedy",
+    "final_sampled_accuracy": "final sampled",
+    "reward": "reward",
+}
 
 
 def markdown(plan: Plan, found: Outcomes, gradients: Sequence[dict]) -> str:
@@ -22,7 +28,7 @@ def markdown(plan: Plan, found: Outcomes, gradients: Sequence[dict]) -> str:
         parts += [_arms(plan, found)]
         recipes = dict.fromkeys(arm.recipe for arm in plan.arms.values())
         parts += [t for recipe in recipes if (t := _pairs(plan, found, recipe))]
-        parts += [t for t in (_over_time(plan, found),) if t]
+        parts += [t for name in EVALUATIONS if (t := _over_time(plan, found, name))]
     parts += [
         t for along in sorted({g["along"] for g in gradients}) for t in _states(gradients, along)
     ]
@@ -32,18 +38,15 @@ def markdown(plan: Plan, found: Outcomes, gradients: Sequence[dict]) -> str:
 def _arms(plan: Plan, found: Outcomes) -> str:
     base, study = plan.study.baseline, plan.study
     header = [
-        *("arm", "rollout", "seeds", "accuracy", "sampled", "final", "reward"),
-        *(f"accuracy − {base}", "verdict", "collapsed", "failed"),
+        *("arm", "rollout", "seeds", *_LABELS.values()),
+        *(f"{_LABELS[study.outcome]} − {base}", "verdict", "collapsed", "failed"),
     ]
     rows = []
     for name, arm in plan.arms.items():
         if not arm.train:
             continue
-        means = [
-            _mean(found.mean(name, outcome))
-            for outcome in ("accuracy", "sampled_accuracy", "final_accuracy", "reward")
-        ]
-        against = found.difference(name, base, _MAIN)
+        means = [_mean(found.mean(name, outcome)) for outcome in _LABELS]
+        against = found.difference(name, base, study.outcome)
         said = "" if name == base else verdict(against, study.half_width)
         rows.append(
             [
@@ -56,9 +59,9 @@ def _arms(plan: Plan, found: Outcomes) -> str:
         )
     note = (
         f"Per cent, ± standard error over seeds; differences ± half-width of the 95 % interval, "
-        f"paired by seed. Accuracy (greedy) and sampled: held-out problems, mean over the last "
-        f"{100 * study.tail:.0f} % of the steps; final: after the last step; reward: of the "
-        "sampling copy."
+        f"paired by seed. Greedy and sampled: accuracy on held-out problems, mean over the last "
+        f"{100 * study.tail:.0f} % of the steps; final: after the last step, more problems; "
+        "reward: of the sampling copy, over the same steps."
     )
     return f"{note}\n\n{_table(header, rows)}"
 
@@ -68,24 +71,32 @@ def _pairs(plan: Plan, found: Outcomes, recipe: str) -> str:
     if len(names) < 2:
         return ""
     rows = [
-        [a, *("" if a == b else _difference(found.difference(a, b, _MAIN)) for b in names)]
+        [
+            a,
+            *(
+                "" if a == b else _difference(found.difference(a, b, plan.study.outcome))
+                for b in names
+            ),
+        ]
         for a in names
     ]
-    note = f"Accuracy with rollouts in {recipe}, row minus column, points:"
+    what = _LABELS[plan.study.outcome]
+    note = f"Accuracy ({what}) with rollouts in {recipe}, row minus column, points:"
     return f"{note}\n\n{_table(['', *names], rows)}"
 
 
-def _over_time(plan: Plan, found: Outcomes) -> str:
+def _over_time(plan: Plan, found: Outcomes, name: str) -> str:
     base = plan.study.baseline
-    by_arm = {n: found.over_time(n, base) for n in plan.arms if n != base and found.runs[n]}
+    by_arm = {n: found.over_time(n, base, name) for n in plan.arms if n != base and found.runs[n]}
     steps = sorted({step for differences in by_arm.values() for step in differences})
     if not steps:
         return ""
     rows = [
-        [name, *(_difference(of_arm[s]) if s in of_arm else "-" for s in steps)]
-        for name, of_arm in by_arm.items()
+        [arm, *(_difference(of_arm[s]) if s in of_arm else "-" for s in steps)]
+        for arm, of_arm in by_arm.items()
     ]
-    note = f"Held-out accuracy (greedy) minus {base} by step, points:"
+    what = {"accuracy": "accuracy, greedy,", "pass_at": "pass@k"}.get(name, "accuracy, sampled,")
+    note = f"Held-out {what} minus {base} by step, points:"
     return f"{note}\n\n{_table(['arm', *(f'step {s}' for s in steps)], rows)}"
 
 
