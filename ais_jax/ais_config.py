@@ -37,6 +37,9 @@ class AISConfig:
         0.03,
         "D0 in nats, the mismatch tolerated as exploration; auto lets the trainer calibrate it",
     )
+    severity_factor: float = _setting(
+        1.0, "of auto: D0 is this many times the mean severity of the first rollout batches"
+    )
     clip_low: float = _setting(0.2, "the policy ratio is clipped below at 1 - clip_low")
     clip_high: float = _setting(0.2, "the policy ratio is clipped above at 1 + clip_high")
     dual_clip: float | None = _setting(
@@ -91,6 +94,7 @@ class AISConfig:
             else self.severity_scale > 0,
             "above 0, or 'auto'",
         )
+        _check_range("severity_factor", self.severity_factor, self.severity_factor > 0, "above 0")
         _check_range("clip_low", self.clip_low, 0 <= self.clip_low <= 1, "in [0, 1]")
         _check_range("clip_high", self.clip_high, self.clip_high >= 0, "at least 0")
         _check_range(

@@ -9,7 +9,8 @@ from ais_jax import mesh as mesh_lib
 from ais_jax import settings
 from ais_jax.errors import UserError
 
-CONFIGS = sorted((pathlib.Path(__file__).parents[1] / "configs").glob("*.yaml"))
+FOLDER = pathlib.Path(__file__).parents[1] / "configs"
+CONFIGS = sorted(path for path in FOLDER.glob("*.yaml") if not path.stem.startswith("study_"))
 
 
 @pytest.mark.smoke

@@ -108,6 +108,7 @@ def weighting_of(config: AISConfig) -> AISConfig:
         coefficient="fixed",
         fixed_alpha=1.0,
         severity_scale=1.0,
+        severity_factor=1.0,
         reliability_power=1.0,
         amplification_gain=1.0,
     )

@@ -14,7 +14,6 @@ from ais_jax.models import Params
 from ais_jax.sampling import Policy
 
 CALIBRATION_BATCHES = 5
-CALIBRATION_FACTOR = 2.0
 CALIBRATION_RANGE = (0.005, 0.1)
 
 
@@ -67,8 +66,8 @@ def calibrate(calibration: Calibration, severity: jax.Array | float) -> Calibrat
 
 
 def severity_scale(calibration: Calibration, config: AISConfig) -> jax.Array:
-    """D0 in nats: the config's number, or with `auto` twice the mean severity counted so far."""
+    """D0 in nats: the config's number, or with `auto` its factor times the mean severity so far."""
     if config.severity_scale != "auto":
         return jnp.float32(config.severity_scale)
     mean = calibration.severity_sum / jnp.maximum(calibration.batches, 1)
-    return jnp.clip(CALIBRATION_FACTOR * mean, *CALIBRATION_RANGE)
+    return jnp.clip(config.severity_factor * mean, *CALIBRATION_RANGE)

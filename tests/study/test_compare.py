@@ -2,6 +2,7 @@
 
 import json
 import os
+import pathlib
 import re
 import signal
 import subprocess
@@ -213,6 +214,21 @@ def test_a_preset_decides_the_correction_and_nothing_else(tmp_path):
         assert config.ais.clip_high == 0.28 and config.ais.severity_scale == "auto"
         assert config.train.seed == 7
         assert config.rollout.recipe == plan.arms[arm].recipe
+
+
+@pytest.mark.parametrize("name", ["countdown", "sudoku_diffusion"])
+def test_shipped_studies_load(name):
+    path = pathlib.Path(ROOT).parent / "configs" / f"study_{name}.yaml"
+    plan = config_lib.load(path)
+    for arm in plan.arms:
+        config = plan.config(arm, 0)
+        config.check_devices(1)
+        assert config.task.heldout_examples >= 4096 and config.warmup.seed is not None
+    assert plan.config("bf16", 0).rollout.recipe == "none" and len(plan.study.seeds) >= 5
+    for recipe in ("fp8", "int4"):
+        for correction in ("uncorrected", "tis", "icepop", "tis_sequence", "ais"):
+            assert plan.config(f"{recipe}_{correction}", 0).rollout.recipe == recipe
+    assert f"ais-jax compare configs/{path.name}" in path.read_text(encoding="utf-8")
 
 
 def test_the_tail_is_the_last_share_of_the_steps():
