@@ -42,6 +42,7 @@ class Arm:
     recipe: str = setting(doc="rollout.recipe", choices=tuple(RECIPES))
     correction: str = setting("none", "a preset of section ais", choices=tuple(PRESETS))
     train: bool = setting(True, "false measures its gradients alone")
+    draw: bool = setting(True, "false leaves it to the tables, where figures would be crowded")
     settings: dict[str, Any] = setting(
         doc="further settings of this arm, as in a training configuration", default_factory=dict
     )

@@ -130,7 +130,7 @@ def write(plan: Plan, folder: pathlib.Path) -> Outcomes:
             ],
         )
         for name, arm in plan.arms.items()
-        if found.runs[name]
+        if found.runs[name] and arm.draw
     ]
     figures = {**_evidence(plan, found, gradients), **draw(curves, plan.study.baseline)}
     page.write(folder, folder.resolve().name, figures, text)
@@ -148,7 +148,8 @@ def _evidence(plan: Plan, found: Outcomes, states: list[dict]) -> dict[str, tupl
             f"Against {base}: {OUTCOMES[plan.study.outcome]}",
             evidence.differences(against, base),
         )
-        recipes = {a: plan.arms[a].recipe for a in trained if a != base}
+        drawn = {a: arm for a, arm in plan.arms.items() if arm.draw and a in trained}
+        recipes = {a: arm.recipe for a, arm in drawn.items() if a != base}
         name = "sampled_accuracy" if "sampled" in plan.study.outcome else "accuracy"
         timed = {a: found.over_time(a, base, name) for a in recipes}
         if any(timed.values()):
@@ -156,7 +157,7 @@ def _evidence(plan: Plan, found: Outcomes, states: list[dict]) -> dict[str, tupl
                 f"Held-out {name.replace('_', ' ')} against {base} over training",
                 evidence.over_time(timed, recipes, base),
             )
-    names = [name for name, arm in plan.arms.items() if arm.train]
+    names = [name for name, arm in plan.arms.items() if arm.draw]
     runs = sorted({(state["along"], state["seed"]) for state in states})
     for along, seed in runs:
         of_run = [s for s in states if (s["along"], s["seed"]) == (along, seed)]
