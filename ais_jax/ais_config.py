@@ -38,7 +38,7 @@ class AISConfig:
         "D0 in nats, the mismatch tolerated as exploration; auto lets the trainer calibrate it",
     )
     severity_factor: float = _setting(
-        1.0, "of auto: D0 is this many times the mean severity of the first rollout batches"
+        0.5, "of auto: D0 is this many times the mean severity of the first rollout batches"
     )
     clip_low: float = _setting(0.2, "the policy ratio is clipped below at 1 - clip_low")
     clip_high: float = _setting(0.2, "the policy ratio is clipped above at 1 + clip_high")

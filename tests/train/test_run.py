@@ -99,7 +99,7 @@ def test_a_run_writes_what_it_promises(job, capsys):
         assert 0 <= row["coefficient"] <= 1
         assert 0 < row["severity"] < 1
         assert row["severity_scale"] == pytest.approx(
-            np.clip(np.mean([r["severity"] for r in rows[: row["step"]]]), 0.005, 0.1)
+            np.clip(0.5 * np.mean([r["severity"] for r in rows[: row["step"]]]), 0.005, 0.1)
         )
     for name in ("config.yaml", "curves.png", "samples.jsonl", "summary.json"):
         assert (run / name).stat().st_size > 0

@@ -6,7 +6,7 @@ import pytest
 from ais_jax import AISConfig
 from ais_jax.train.state import Calibration, calibrate, severity_scale
 
-AUTO = AISConfig(severity_scale="auto")
+AUTO = AISConfig(severity_scale="auto", severity_factor=1.0)
 EMPTY = Calibration(jnp.float32(0), jnp.int32(0))
 
 
@@ -23,8 +23,9 @@ def test_scale_is_the_running_mean_of_the_first_five():
     five = [0.01, 0.03, 0.02, 0.02, 0.02]
     assert after(five) == pytest.approx(0.02)
     assert after([*five, 5.0, 5.0]) == pytest.approx(0.02)
-    twice = AISConfig(severity_scale="auto", severity_factor=2.0)
-    assert after(five, twice) == pytest.approx(0.04)
+    for factor in (0.5, 2.0):
+        config = AISConfig(severity_scale="auto", severity_factor=factor)
+        assert after(five, config) == pytest.approx(0.02 * factor)
 
 
 def test_scale_is_limited_and_ignores_what_is_not_finite():
