@@ -482,7 +482,7 @@ def test_groups_that_differ_are_selected_row_by_row():
         texts = [str(i) for i in ids]
         rewards = np.array(rewards, np.float32)
         examples, terms = [{"i": i} for i in ids], {"format": float(first)}
-        return Sampled(rollout, examples, texts, rewards, 0, 0, 0, 12, 0.5, 0.25, terms)
+        return Sampled(rollout, examples, texts, rewards, 0, 0, 0, 0.5, 12, 0.5, 0.25, terms)
 
     rounds = [sampled(0, [1, 1, 0, 1]), sampled(4, [2, 2, 3, 0])]
     chosen = select_groups(rounds, group_size=2, groups=3)
@@ -494,7 +494,7 @@ def test_groups_that_differ_are_selected_row_by_row():
     assert chosen.completions == [str(i) for i in rows]
     np.testing.assert_array_equal(chosen.rewards, [0, 1, 3, 0, 1, 1])
     assert (chosen.reward, chosen.informative) == (10 / 8, 2 / 4)
-    assert (chosen.count, chosen.seconds) == (24, 1.0)
+    assert (chosen.count, chosen.seconds, chosen.solved) == (24, 1.0, 0.5)
 
 
 def test_iteration_order_is_saved_and_differs_between_epochs():
