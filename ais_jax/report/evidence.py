@@ -50,7 +50,10 @@ def differences(found: Mapping[str, tuple[float, float]], baseline: str) -> Figu
 
 
 def over_time(
-    found: Mapping[str, Mapping[int, Sequence[float]]], recipes: Mapping[str, str], baseline: str
+    found: Mapping[str, Mapping[int, Sequence[float]]],
+    recipes: Mapping[str, str],
+    baseline: str,
+    what: str,
 ) -> Figure:
     """Each arm's paired difference from the baseline against the step, a column a recipe.
 
@@ -58,6 +61,7 @@ def over_time(
       found: arm -> step -> (difference, half-width of the 95 % interval, ...), as shares.
       recipes: arm -> quantization of its rollouts.
       baseline: what zero stands for.
+      what: is measured.
     """
     columns = list(dict.fromkeys(recipes.values()))
     members = {r: [a for a in found if recipes[a] == r and found[a]] for r in columns}
@@ -70,7 +74,7 @@ def over_time(
             low, high = values[:, 0] - values[:, 1], values[:, 0] + values[:, 1]
             ax.fill_between(steps, low, high, color=look["color"], alpha=0.1, lw=0)
         ax.axhline(0, color=INK, lw=1)
-        title = f"Held-out accuracy minus {baseline}, points"
+        title = f"{what} minus {baseline}, points, with 95 % intervals"
         ax.set_title(title, loc="left", fontsize=9.5, weight="bold", color=INK)
         ax.annotate(
             f"rollouts in {recipe}", (0, 1.22), xycoords="axes fraction", fontsize=11, color=GREY

@@ -154,8 +154,8 @@ def _evidence(plan: Plan, found: Outcomes, states: list[dict]) -> dict[str, tupl
         timed = {a: found.over_time(a, base, name) for a in recipes}
         if any(timed.values()):
             figures["differences_over_time"] = (
-                f"Held-out {name.replace('_', ' ')} against {base} over training",
-                evidence.over_time(timed, recipes, base),
+                f"Accuracy against {base} over training",
+                evidence.over_time(timed, recipes, base, f"Held-out {name.replace('_', ' ')}"),
             )
     names = [name for name, arm in plan.arms.items() if arm.draw]
     runs = sorted({(state["along"], state["seed"]) for state in states})

@@ -48,8 +48,8 @@ def test_a_deaf_copy_is_told():
     assert run([{"codes_changed": 0.0, "grad_norm": 0.0}] * 9) == []
 
 
-def test_calibration_at_a_limit_is_told():
-    assert "lower limit" in run([{"severity_scale": 0.005}] * 9, calibrating=True)[0]
+def test_calibration_at_its_upper_limit_is_told():
+    assert not run([{"severity_scale": 0.005}] * 9, calibrating=True)
     assert "upper limit" in run([{"severity_scale": 0.1}] * 9, calibrating=True)[0]
     assert run([{"severity_scale": 0.03}] * 9, calibrating=True) == []
     assert run([{"severity_scale": 0.1}] * 9, calibrating=False) == []
