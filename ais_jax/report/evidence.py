@@ -10,8 +10,8 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from ais_jax.report.figures import grid, legend_below, looks
-from ais_jax.report.style import BLUE, GREY, INK, dress
+from ais_jax.report.figures import frame_column, grid, head, looks
+from ais_jax.report.style import BLUE, INK, dress
 
 _PANELS = (
     ("efficiency", "Efficiency: unquantized batches that one is worth", True),
@@ -74,13 +74,8 @@ def over_time(
             low, high = values[:, 0] - values[:, 1], values[:, 0] + values[:, 1]
             ax.fill_between(steps, low, high, color=look["color"], alpha=0.1, lw=0)
         ax.axhline(0, color=INK, lw=1)
-        title = f"{what} minus {baseline}, points, with 95 % intervals"
-        ax.set_title(title, loc="left", fontsize=9.5, weight="bold", color=INK)
-        ax.annotate(
-            f"rollouts in {recipe}", (0, 1.22), xycoords="axes fraction", fontsize=11, color=GREY
-        )
-        ax.set_xlabel("training step", color=INK, fontsize=9)
-        legend_below(ax)
+        head(ax, f"{what} minus {baseline}, points, with 95 % intervals")
+        frame_column([ax], recipe, "training step")
     return result
 
 
@@ -115,14 +110,10 @@ def gradients(states: Sequence[Mapping[str, Any]], names: Sequence[str]) -> Figu
                 if key == "coefficient":
                     best = [_best(state, name) for state in states]
                     ax.plot(steps, best, ls=(0, (1, 1.2)), lw=1.2, color=look["color"])
-            ax.set_title(title, loc="left", fontsize=9.5, weight="bold", color=INK)
+            head(ax, title)
             if log:
                 ax.set_yscale("log")
-        axes[0, j].annotate(
-            f"rollouts in {recipe}", (0, 1.22), xycoords="axes fraction", fontsize=11, color=GREY
-        )
-        axes[-1, j].set_xlabel("training step of the state", color=INK, fontsize=9)
-        legend_below(axes[-1, j])
+        frame_column(list(axes[:, j]), recipe, "training step of the state")
     return result
 
 

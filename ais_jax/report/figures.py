@@ -122,14 +122,10 @@ def _figure(
             ax = axes[i, j]
             for member, look in zip(members, styles, strict=True):
                 _line(ax, member, panel, look)
-            ax.set_title(panel.title, loc="left", fontsize=9.5, weight="bold", color=INK)
+            head(ax, panel.title)
             if panel.log and ax.lines:
                 ax.set_yscale("log")
-        axes[0, j].annotate(
-            f"rollouts in {recipe}", (0, 1.22), xycoords="axes fraction", fontsize=11, color=GREY
-        )
-        axes[-1, j].set_xlabel("training step", color=INK, fontsize=9)
-        legend_below(axes[-1, j])
+        frame_column(list(axes[:, j]), recipe, "training step")
     return result
 
 
@@ -165,10 +161,20 @@ def grid(rows: int, columns: int, names: int) -> tuple[np.ndarray, Figure]:
     return axes, result
 
 
-def legend_below(ax: Axes) -> None:
-    """Names of the lines under the lowest axes of a column."""
-    if ax.lines:
-        ax.legend(
+def head(ax: Axes, title: str) -> None:
+    """A panel's title."""
+    ax.set_title(title, loc="left", fontsize=9.5, weight="bold", color=INK)
+
+
+def frame_column(axes: Sequence[Axes], recipe: str, across: str) -> None:
+    """The recipe above a column of axes; what is across and the names of the lines below it."""
+    top, bottom = axes[0], axes[-1]
+    top.annotate(
+        f"rollouts in {recipe}", (0, 1.22), xycoords="axes fraction", fontsize=11, color=GREY
+    )
+    bottom.set_xlabel(across, color=INK, fontsize=9)
+    if bottom.lines:
+        bottom.legend(
             loc="upper left",
             bbox_to_anchor=(-0.02, -0.2),
             ncols=2,

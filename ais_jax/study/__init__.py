@@ -5,5 +5,7 @@ compare.py     runs what is missing, in parallel processes, and writes the resul
 worker.py      one of these processes
 gradients.py   bias and variance of each arm's gradient, at the states of a run
 moments.py     their statistics
-outcomes.py    what the runs have come to, and what it says with confidence
+statistics.py  means over seeds, paired differences, verdicts
+outcomes.py    what the runs have come to
+tables.py      the same as Markdown
 """

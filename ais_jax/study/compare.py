@@ -141,12 +141,7 @@ def _check_measured(path: pathlib.Path, plan: Plan, seed: int) -> None:
         before = json.loads(path.read_text(encoding="utf-8"))
         for name, tree in before["arms"].items():
             before["arms"][name] = settings.to_dict(settings.build(Config, tree, str(path)))
-        changed = settings.changed_keys(before, known)
-        if changed:
-            raise UserError(
-                f"{path.parent} was measured with other settings ({', '.join(changed)}); take "
-                "another --output, or remove it"
-            )
+        _refuse(path.parent, "measured", settings.changed_keys(before, known))
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, known)
 
@@ -157,9 +152,14 @@ def _check_same(path: pathlib.Path, wanted: dict[str, Any]) -> None:
     # Built anew, so that settings which are younger than the run have their defaults.
     before = settings.to_dict(settings.load(Config, path))
     changed = [key for key in settings.changed_keys(before, wanted) if key != "output_dir"]
+    _refuse(path.parent, "run", changed)
+
+
+def _refuse(folder: pathlib.Path, done: str, changed: list[str]) -> None:
+    """Raises UserError where settings have changed."""
     if changed:
         raise UserError(
-            f"{path.parent} was run with other settings ({', '.join(changed)}); take another "
+            f"{folder} was {done} with other settings ({', '.join(changed)}); take another "
             "--output, or remove it"
         )
 

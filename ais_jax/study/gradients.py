@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import pathlib
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -381,9 +380,3 @@ def _mixtures(group: Group, sums: Any, r: np.ndarray, r2: np.ndarray) -> list[di
         best = moments.best_mixture(plain, weighted, cross[:, w])
         found.append({"arms": arms, "best_coefficient": list(best)})
     return found
-
-
-def read(folder: pathlib.Path) -> list[dict]:
-    """What has been measured in a folder of `measure_along`, by step."""
-    paths = sorted(folder.glob("step_*.json"), key=lambda p: int(p.stem.removeprefix("step_")))
-    return [json.loads(path.read_text(encoding="utf-8")) for path in paths]

@@ -56,12 +56,15 @@ def measure(blocks: Blocks, seed: int = 0) -> dict[str, Interval]:
       blocks: of one state.
       seed: of the draws; the same for all arms makes their resamples the same.
     """
-    count = len(blocks.squares)
+    found = _estimates(blocks, _resamples(len(blocks.squares), seed))
+    return {name: _interval(values) for name, values in found.items()}
+
+
+def _resamples(count: int, seed: int) -> np.ndarray:
+    """[1 + draws, N] how often each block counts: first all once, then as the bootstrap draws."""
     rng = np.random.default_rng(seed)
     draws = rng.multinomial(count, np.full(count, 1 / count), size=_RESAMPLES)
-    weights = np.concatenate([np.ones((1, count)), draws]).astype(np.float64)
-    found = _estimates(blocks, weights)
-    return {name: _interval(values) for name, values in found.items()}
+    return np.concatenate([np.ones((1, count)), draws]).astype(np.float64)
 
 
 def _interval(values: np.ndarray) -> Interval:
@@ -112,10 +115,7 @@ def best_mixture(plain: Blocks, weighted: Blocks, cross: np.ndarray, seed: int =
       weighted: blocks of g1, alpha = 1.
       cross: [N] mean of <g0, g1> over each block's batches.
     """
-    count = len(cross)
-    rng = np.random.default_rng(seed)
-    draws = rng.multinomial(count, np.full(count, 1 / count), size=_RESAMPLES)
-    weights = np.concatenate([np.ones((1, count)), draws]).astype(np.float64)
+    weights = _resamples(len(cross), seed)
     r = np.asarray(plain.references, np.float64)
     d = np.asarray(weighted.gradients, np.float64) - np.asarray(plain.gradients, np.float64)
     toward = _of_means(weights, r @ d.T)

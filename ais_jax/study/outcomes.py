@@ -116,7 +116,7 @@ def _mean_of(rows: Sequence[Mapping[str, Any]], key: str) -> float:
 def write(plan: Plan, folder: pathlib.Path) -> Outcomes:
     """Writes results.json, tables.md, the figures and report.html of what there is."""
     found = collect(plan, folder)
-    gradients = _read_gradients(plan, folder)
+    gradients = _read_gradients(folder)
     write_json(folder / "results.json", _as_json(plan, found, gradients))
     text = tables.markdown(plan, found, gradients)
     (folder / "tables.md").write_text(text, encoding="utf-8")
@@ -197,7 +197,7 @@ def _keys_as_text(tree: Any) -> Any:
     return {str(key): _keys_as_text(value) for key, value in tree.items()}
 
 
-def _read_gradients(plan: Plan, folder: pathlib.Path) -> list[dict]:
+def _read_gradients(folder: pathlib.Path) -> list[dict]:
     """The measured states, of all seeds."""
     paths = sorted((folder / "gradients").glob("*/seed_*/step_*.json"))
     return [
