@@ -23,7 +23,7 @@ _PANELS = (
 )
 
 
-def differences(found: Mapping[str, tuple[float, float]], baseline: str) -> Figure:
+def differences(found: Mapping[str, tuple[float, float]], baseline: str, what: str) -> Figure:
     """Each arm's paired difference from the baseline.
 
     Args:
@@ -42,9 +42,7 @@ def differences(found: Mapping[str, tuple[float, float]], baseline: str) -> Figu
     ax.axvline(0, color=INK, lw=1)
     ax.set_yticks(places, list(found), fontsize=9, color=INK)
     ax.set_ylim(-0.6, len(found) - 0.4)
-    ax.set_xlabel(
-        f"held-out accuracy minus {baseline}, points, with 95 % intervals", fontsize=9, color=INK
-    )
+    ax.set_xlabel(f"{what} minus {baseline}, points, with 95 % intervals", fontsize=9, color=INK)
     result.subplots_adjust(left=0.3, right=0.98, top=1 - 0.15 / height, bottom=0.6 / height)
     return result
 

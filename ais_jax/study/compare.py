@@ -83,13 +83,13 @@ def compare(
         pathlib.Path("runs", pathlib.Path(path).stem) if output is None else pathlib.Path(output)
     )
     units = [*_runs(plan, folder, arms), *_gradients(plan, path, overrides, folder)]
-    todo = [unit for unit in units if not _is_done(unit, plan)]
-    todo.sort(key=lambda unit: unit.trains)  # what takes longest first
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        todo = [unit for unit in units if not _is_done(unit, plan)]
         settings.save_yaml(plan.study, folder / "study.yaml")
     except OSError as error:
-        raise UserError(f"{folder} cannot be written: {error.strerror or error}") from error
+        raise UserError(f"{folder} cannot be used: {error.strerror or error}") from error
+    todo.sort(key=lambda unit: unit.trains)  # what takes longest first
     _work(todo, len(units), folder, jobs, minutes)
     outcomes.write(plan, folder)
     return folder
@@ -292,6 +292,8 @@ class _Worker:
                     encoding="utf-8",
                     start_new_session=True,  # Ctrl-C is this process's, which then tells it
                 )
+            if self.told:  # while it was being started
+                self._process.terminate()
         return self._process
 
     def tell(self) -> None:

@@ -144,9 +144,10 @@ def _evidence(plan: Plan, found: Outcomes, states: list[dict]) -> dict[str, tupl
     trained = [arm for arm in plan.arms if found.runs[arm]]
     against = {a: found.difference(a, base, plan.study.outcome)[:2] for a in trained if a != base}
     if against and base in trained:
+        what = "reward" if plan.study.outcome == "reward" else "held-out accuracy"
         figures["differences"] = (
             f"Against {base}: {OUTCOMES[plan.study.outcome]}",
-            evidence.differences(against, base),
+            evidence.differences(against, base, what),
         )
         drawn = {a: arm for a, arm in plan.arms.items() if arm.draw and a in trained}
         recipes = {a: arm.recipe for a, arm in drawn.items() if a != base}

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import os
 import pathlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
+import filelock
 import jax
 import numpy as np
 import optax
@@ -59,14 +61,32 @@ def warm_up(
         return params, False
     name = f"warmup-{fingerprint(run.config, run.prompter, examples)}"
     path = pathlib.Path(distributed.agreed(str(pathlib.Path(cache_dir) / name)))
-    if config.cache:
+    if not config.cache:
+        return _train(run, params, examples, between), False
+    with _alone(path, between):
         cached = checkpoint.load_params(path, params, warn)
         if cached is not None:
             return cached, True
-    params = _train(run, params, examples, between)
-    if config.cache:
+        params = _train(run, params, examples, between)
         checkpoint.save_params(path, params, warn)
     return params, False
+
+
+@contextlib.contextmanager
+def _alone(path: pathlib.Path, between: Callable[[], object]) -> Iterator[None]:
+    """Of runs that want the same warm-up at once, one makes it and the others wait to read it.
+
+    Runs of several processes do not wait, nor does anything where the cache cannot hold a lock.
+    """
+    lock = filelock.FileLock(f"{path}.lock")
+    with contextlib.ExitStack() as held:
+        with contextlib.suppress(OSError, NotImplementedError):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            while jax.process_count() == 1 and not lock.is_locked:
+                between()
+                with contextlib.suppress(filelock.Timeout):
+                    held.enter_context(lock.acquire(timeout=1))
+        yield
 
 
 def _train(run: Run, params: Params, examples: list[dict], between: Callable[[], object]) -> Params:

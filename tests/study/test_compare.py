@@ -201,6 +201,12 @@ def test_unknown_arms_and_jobs_are_refused(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_folder_that_cannot_be_made_is_said_in_one_line(tmp_path):
+    path = tiny_study.write(tmp_path, gradients=tiny_study.GRADIENTS)
+    with pytest.raises(UserError, match=r"study\.yaml/out cannot be used: Not a directory"):
+        compare_lib.compare(path, output=path / "out")
+
+
 def test_a_preset_decides_the_correction_and_nothing_else(tmp_path):
     base_ais = {"ais": {"clip_high": 0.28, "severity_scale": "auto", "fixed_alpha": 0.3}}
     path = tiny_study.write(tmp_path, settings=base_ais)

@@ -1,7 +1,10 @@
 """Whole runs of a very small job: files, resume, a user's reward, options of the loop."""
 
+import concurrent.futures
+import dataclasses
 import json
 import signal
+import threading
 import time
 
 import jax
@@ -17,10 +20,10 @@ from ais_jax.models.tokenizers import CharTokenizer
 from ais_jax.sampling import Rollout
 from ais_jax.sampling.prompts import Prompter
 from ais_jax.tasks import get_task
-from ais_jax.train import checkpoint, data, loop
+from ais_jax.train import checkpoint, data, loop, warmup
 from ais_jax.train.collect import Sampled, select_groups
 from ais_jax.train.metrics import read_metrics
-from ais_jax.train.setup import build_examples, build_run, initial_params
+from ais_jax.train.setup import build_examples, build_run, drop_long, initial_params
 from ais_jax.train.warmup import fingerprint
 
 REQUIRED = {
@@ -209,7 +212,7 @@ def test_the_warm_up_is_cached_by_what_it_depends_on(job):
 def test_a_cache_that_cannot_be_used_costs_a_warm_up(job, capsys, monkeypatch):
     make, folder = job
     first = ais_jax.train(make("a"))
-    (kept,) = (folder / "cache" / "ais_jax").iterdir()
+    (kept,) = (p for p in (folder / "cache" / "ais_jax").iterdir() if p.is_dir())
     for part in kept.rglob("d/*"):
         half = part.stat().st_size // 2
         part.write_bytes(part.read_bytes()[:half] + bytes(half))
@@ -217,12 +220,41 @@ def test_a_cache_that_cannot_be_used_costs_a_warm_up(job, capsys, monkeypatch):
     assert not again["warmup_cached"] and again["before"] == first["before"]
     assert f"warning: the warm-up in {kept} is damaged: " in capsys.readouterr().out
     assert ais_jax.train(make("c"))["warmup_cached"]  # it was replaced
-    assert list((folder / "cache" / "ais_jax").iterdir()) == [kept]
+    assert [p for p in (folder / "cache" / "ais_jax").iterdir() if p.is_dir()] == [kept]
 
     (folder / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "file"))
     assert not ais_jax.train(make("d"))["warmup_cached"]
     assert "warning: the warm-up is not kept in " in capsys.readouterr().out
+
+
+def test_of_runs_that_want_a_warm_up_at_once_one_makes_it(job, monkeypatch, tmp_path):
+    make, _ = job
+    config = make()
+    made, waited = [], threading.Event()
+
+    def slow(*arguments):
+        made.append(threading.current_thread())
+        assert waited.wait(60)  # until the other has asked whether it is to leave
+        return original(*arguments)
+
+    def between():
+        if made and threading.current_thread() not in made:
+            waited.set()
+
+    def warm(_):
+        run = build_run(config, tmp_path)
+        params, frozen = initial_params(run)
+        run = dataclasses.replace(run, frozen=frozen)
+        examples = drop_long(build_examples(config), run.prompter).train
+        return warmup.warm_up(run, params, examples, tmp_path / "warm", between)
+
+    original = warmup._train
+    monkeypatch.setattr(warmup, "_train", slow)
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(warm, range(2)))
+    assert sorted(cached for _, cached in found) == [False, True] and len(made) == 1
+    jax.tree.map(np.testing.assert_array_equal, found[0][0], found[1][0])
 
 
 def test_a_run_that_goes_on_is_warmed_up_only_for_a_reference(job, monkeypatch):
