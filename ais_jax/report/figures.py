@@ -63,6 +63,7 @@ _FIGURES: dict[str, tuple[str, tuple[_Panel, ...]]] = {
             _Panel("reward", "Reward of the sampling copy"),
             _Panel("eval_accuracy", "Held-out accuracy, greedy", points=True),
             _Panel("eval_sampled_accuracy", "Held-out accuracy, sampled", points=True),
+            _Panel("eval_sampled_cell_accuracy", "Held-out cell accuracy, sampled", points=True),
         ),
     ),
     "correction": (

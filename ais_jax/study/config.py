@@ -8,30 +8,40 @@ import os
 import pathlib
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from ais_jax import settings
 from ais_jax.ais_config import PRESETS
 from ais_jax.config import Config
 from ais_jax.errors import UserError
+from ais_jax.evaluation.accuracy import measures
 from ais_jax.recipes import RECIPES
 from ais_jax.settings import at_least, setting
+from ais_jax.tasks import get_task
 
 # What a preset decides; everything else is the base configuration's.
 _CORRECTION = (
     *("level", "cap", "coefficient", "fixed_alpha", "mask_low", "mask_high"),
     *("geometric_low", "geometric_high", "veto"),
 )
-# What a run is judged by.
-OUTCOMES = {
-    "accuracy": "held-out accuracy, greedy, mean over the evaluations of the tail",
-    "sampled_accuracy": "the same of samples, which says more of the policy with less noise",
-    "final_accuracy": "held-out accuracy after the last step, greedy, all problems",
-    "final_sampled_accuracy": "the same, one sample of each",
-    "reward": "reward of the sampling copy, mean over the steps of the tail",
+# How a measure of the task is taken, by what stands before its name: what tables call it, and what
+# it is.
+_TAKEN = {
+    "": ("greedy", "greedy, mean over the evaluations of the tail"),
+    "sampled_": ("sampled", "of samples, mean over the evaluations of the tail"),
+    "final_": ("final greedy", "greedy, all problems, after the last step"),
+    "final_sampled_": ("final sampled", "one sample of each of all problems, after the last step"),
 }
-# What is measured of a policy now and then, by the metric's name without "eval_".
-EVALUATIONS = ("accuracy", "sampled_accuracy", "pass_at")
+REWARD = "reward"
+
+
+class Outcome(NamedTuple):
+    """What a run can be judged by."""
+
+    label: str  # in tables
+    text: str
+
+
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+=-]*")
 
 
@@ -80,7 +90,11 @@ class Study:
     settings: dict[str, Any] = setting(
         doc="settings that replace those of base, for all arms", default_factory=dict
     )
-    outcome: str = setting("accuracy", "what verdicts are about, one of OUTCOMES", choices=OUTCOMES)
+    outcome: str = setting(
+        "accuracy",
+        "what verdicts are about: a measure of the task, alone or after sampled_, final_ or "
+        "final_sampled_; or reward",
+    )
     tail: float = setting(0.25, "last share of the steps that outcomes are means over")
     half_width: float = setting(
         0.02, "half-width of a 95 % interval above which a difference is called undecided"
@@ -114,11 +128,34 @@ class Plan:
       study: as it was written.
       base: settings that all arms begin with.
       arms: each by its name, in the study's order.
+      measures: of the task, the first of which is accuracy.
     """
 
     study: Study
     base: dict[str, Any]
     arms: dict[str, Arm]
+    measures: tuple[str, ...]
+
+    @property
+    def outcomes(self) -> dict[str, Outcome]:
+        """What runs can be judged by, of each measure greedily and in samples."""
+        found = {}
+        for measure in self.measures:
+            words = measure.replace("_", " ")
+            of_measure = "" if measure == "accuracy" else f"{words}, "
+            for taken, (label, text) in _TAKEN.items():
+                found[taken + measure] = Outcome(of_measure + label, f"held-out {words}, {text}")
+        text = "reward of the sampling copy, mean over the steps of the tail"
+        return found | {REWARD: Outcome("reward", text)}
+
+    @property
+    def evaluations(self) -> dict[str, str]:
+        """What is measured of a policy now and then: the metric without "eval_", and its name."""
+        found: dict[str, str] = {}
+        for measure in self.measures:
+            words = measure.replace("_", " ")
+            found |= {measure: f"{words}, greedy", f"sampled_{measure}": f"{words}, sampled"}
+        return found | {"pass_at": "pass@k"}
 
     def config(self, arm: str, seed: int, output_dir: pathlib.Path | None = None) -> Config:
         """The training configuration of a run."""
@@ -151,9 +188,13 @@ def load(path: str | os.PathLike, overrides: Sequence[str] = ()) -> Plan:
         if not isinstance(given, Mapping):
             raise UserError(f"{path}: arms.{name}: expected keys such as recipe: fp8")
         arms[name] = settings.build(Arm, given, f"{path}: arms.{name}")
-    plan = Plan(study, merged(base, study.settings), arms)
-    for name in arms:
-        plan.config(name, study.seeds[0])
+    plan = Plan(study, merged(base, study.settings), arms, ("accuracy",))
+    tasks = {plan.config(name, study.seeds[0]).task.name for name in arms}
+    if len(tasks) > 1:
+        raise UserError(f"{path}: the arms have several tasks, {', '.join(sorted(tasks))}")
+    plan = dataclasses.replace(plan, measures=tuple(measures(get_task(tasks.pop()))))
+    if study.outcome not in plan.outcomes:
+        raise UserError(f"{path}: outcome={study.outcome!r} is none of {', '.join(plan.outcomes)}")
     return plan
 
 

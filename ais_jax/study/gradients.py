@@ -28,6 +28,7 @@ from ais_jax.study.config import Gradients, Plan
 from ais_jax.train import data
 from ais_jax.train import state as state_lib
 from ais_jax.train.collect import Judge, sample_groups
+from ais_jax.train.display import Progress
 from ais_jax.train.loop import build_batch, train_step
 from ais_jax.train.metrics import write_json
 from ais_jax.train.phases import Phases
@@ -309,14 +310,16 @@ def _measure_state(
     samplers = [Sampler(g, state, examples, seed, judge) for g in everyone]
     size = wanted.batches // wanted.blocks
     blocks = []
-    for block in range(wanted.blocks):
-        sums: list[Any] = [None] * len(everyone)
-        for i in range(block * size, (block + 1) * size):
-            between()
-            for j, (g, sampler) in enumerate(zip(everyone, samplers, strict=True)):
-                args = state.params, g.run.frozen, sampler.batch(i), scales[j]
-                sums[j] = _program(g)(sums[j], *args)
-        blocks.append(jax.tree.map(lambda x: np.asarray(x) / size, sums))
+    with Progress(wanted.batches, "gradients", columns=()) as progress:
+        for block in range(wanted.blocks):
+            sums: list[Any] = [None] * len(everyone)
+            for i in range(block * size, (block + 1) * size):
+                between()
+                for j, (g, sampler) in enumerate(zip(everyone, samplers, strict=True)):
+                    args = state.params, g.run.frozen, sampler.batch(i), scales[j]
+                    sums[j] = _program(g)(sums[j], *args)
+            blocks.append(jax.tree.map(lambda x: np.asarray(x) / size, sums))
+            progress.update((block + 1) * size, {})
     stacked = jax.tree.map(lambda *x: np.stack(x), *blocks)
     reference = stacked[exact].parts[:, 0], stacked[exact].products[:, 0, 0]
     result: dict[str, Any] = {"batches": wanted.batches, "arms": {}, "weightings": []}

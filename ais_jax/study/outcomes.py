@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from ais_jax.report import evidence, page
 from ais_jax.report.figures import Curves, draw, evaluation
 from ais_jax.study import tables
-from ais_jax.study.config import EVALUATIONS, OUTCOMES, Plan, tail_start
+from ais_jax.study.config import REWARD, Plan, tail_start
 from ais_jax.study.statistics import Difference, Mean, has_collapsed, mean, paired
 from ais_jax.train.metrics import read_metrics, write_json
 
@@ -26,7 +26,7 @@ class Outcomes:
 
     Attributes:
       runs: arm -> seed -> outcome -> value.
-      evaluations: arm -> seed -> one of `EVALUATIONS` -> step -> value.
+      evaluations: arm -> seed -> one of `Plan.evaluations` -> step -> value.
       collapsed: arm -> seeds whose reward fell below half of what it had been.
       failed: arm -> seed -> why.
     """
@@ -79,8 +79,8 @@ def collect(plan: Plan, folder: pathlib.Path) -> Outcomes:
                 found.failed[arm][seed] = json.loads(failure.read_text())["failed"]
             elif (place / "summary.json").exists():
                 rows = read_metrics(place / "metrics.jsonl")
-                found.evaluations[arm][seed] = {x: _evaluated(rows, x) for x in EVALUATIONS}
-                runs[seed], collapsed = _outcome(place, rows, plan.study.tail)
+                found.evaluations[arm][seed] = {x: _evaluated(rows, x) for x in plan.evaluations}
+                runs[seed], collapsed = _outcome(place, rows, plan)
                 found.collapsed[arm] += [seed] if collapsed else []
         found.runs[arm] = dict(sorted(runs.items()))
     return found
@@ -92,19 +92,17 @@ def _evaluated(rows: Sequence[Mapping[str, Any]], name: str) -> dict[int, float]
 
 
 def _outcome(
-    place: pathlib.Path, rows: Sequence[Mapping[str, Any]], tail: float
+    place: pathlib.Path, rows: Sequence[Mapping[str, Any]], plan: Plan
 ) -> tuple[dict[str, float], bool]:
     after = json.loads((place / "summary.json").read_text(encoding="utf-8"))["after"]
     steps = rows[-1]["step"]
-    last = [row for row in rows if row["step"] >= tail_start(steps, tail)]
-    found = {
-        "final_accuracy": after["heldout_accuracy"],
-        "final_sampled_accuracy": after["heldout_sampled_accuracy"],
-        "reward": _mean_of(last, "reward"),
-    }
-    for name in ("accuracy", "sampled_accuracy"):
-        evaluated = _mean_of(last, f"eval_{name}")
-        found[name] = found[f"final_{name}"] if math.isnan(evaluated) else evaluated
+    last = [row for row in rows if row["step"] >= tail_start(steps, plan.study.tail)]
+    found = {REWARD: _mean_of(last, "reward")}
+    for measure in plan.measures:
+        for name in (measure, f"sampled_{measure}"):
+            final, evaluated = after[f"heldout_{name}"], _mean_of(last, f"eval_{name}")
+            found[f"final_{name}"] = final
+            found[name] = final if math.isnan(evaluated) else evaluated
     return found, has_collapsed([row["reward"] for row in rows], len(last))
 
 
@@ -144,19 +142,19 @@ def _evidence(plan: Plan, found: Outcomes, states: list[dict]) -> dict[str, tupl
     trained = [arm for arm in plan.arms if found.runs[arm]]
     against = {a: found.difference(a, base, plan.study.outcome)[:2] for a in trained if a != base}
     if against and base in trained:
-        what = "reward" if plan.study.outcome == "reward" else "held-out accuracy"
+        text = plan.outcomes[plan.study.outcome].text
         figures["differences"] = (
-            f"Against {base}: {OUTCOMES[plan.study.outcome]}",
-            evidence.differences(against, base, what),
+            f"Against {base}: {text}",
+            evidence.differences(against, base, text.split(",")[0]),
         )
         drawn = {a: arm for a, arm in plan.arms.items() if arm.draw and a in trained}
         recipes = {a: arm.recipe for a, arm in drawn.items() if a != base}
-        name = "sampled_accuracy" if "sampled" in plan.study.outcome else "accuracy"
+        name = _evaluation_of(plan.study.outcome)
         timed = {a: found.over_time(a, base, name) for a in recipes}
         if any(timed.values()):
             figures["differences_over_time"] = (
-                f"Accuracy against {base} over training",
-                evidence.over_time(timed, recipes, base, f"Held-out {name.replace('_', ' ')}"),
+                f"Against {base} over training",
+                evidence.over_time(timed, recipes, base, f"Held-out {plan.evaluations[name]},"),
             )
     names = [name for name, arm in plan.arms.items() if arm.draw]
     runs = sorted({(state["along"], state["seed"]) for state in states})
@@ -169,18 +167,23 @@ def _evidence(plan: Plan, found: Outcomes, states: list[dict]) -> dict[str, tupl
     return figures
 
 
+def _evaluation_of(outcome: str) -> str:
+    """What is drawn over time where `outcome` is what is judged."""
+    return "sampled_accuracy" if outcome == REWARD else outcome.removeprefix("final_")
+
+
 def _as_json(plan: Plan, found: Outcomes, gradients: list[dict]) -> dict[str, Any]:
     trained = [arm for arm in plan.arms if found.runs[arm]]
     return {
         "baseline": plan.study.baseline,
-        "outcomes": OUTCOMES,
+        "outcomes": {name: outcome.text for name, outcome in plan.outcomes.items()},
         "runs": _keys_as_text(found.runs),
         "collapsed": found.collapsed,
         "failed": _keys_as_text(found.failed),
-        "means": {a: {o: found.mean(a, o)._asdict() for o in OUTCOMES} for a in trained},
+        "means": {a: {o: found.mean(a, o)._asdict() for o in plan.outcomes} for a in trained},
         "differences": {
             a: {
-                b: {o: found.difference(a, b, o)._asdict() for o in OUTCOMES}
+                b: {o: found.difference(a, b, o)._asdict() for o in plan.outcomes}
                 for b in trained
                 if b != a
             }

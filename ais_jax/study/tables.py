@@ -6,19 +6,11 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
-from ais_jax.study.config import EVALUATIONS, Plan
+from ais_jax.study.config import Plan
 from ais_jax.study.statistics import Difference, Mean, verdict
 
 if TYPE_CHECKING:
     from ais_jax.study.outcomes import Outcomes
-
-_LABELS = {
-    "accuracy": "greedy",
-    "sampled_accuracy": "sampled",
-    "final_accuracy": "final greedy",
-    "final_sampled_accuracy": "final sampled",
-    "reward": "reward",
-}
 
 
 def markdown(plan: Plan, found: Outcomes, gradients: Sequence[dict]) -> str:
@@ -28,7 +20,7 @@ def markdown(plan: Plan, found: Outcomes, gradients: Sequence[dict]) -> str:
         parts += [_arms(plan, found)]
         recipes = dict.fromkeys(arm.recipe for arm in plan.arms.values())
         parts += [t for recipe in recipes if (t := _pairs(plan, found, recipe))]
-        parts += [t for name in EVALUATIONS if (t := _over_time(plan, found, name))]
+        parts += [t for name in plan.evaluations if (t := _over_time(plan, found, name))]
     parts += [
         t for along in sorted({g["along"] for g in gradients}) for t in _states(gradients, along)
     ]
@@ -37,15 +29,16 @@ def markdown(plan: Plan, found: Outcomes, gradients: Sequence[dict]) -> str:
 
 def _arms(plan: Plan, found: Outcomes) -> str:
     base, study = plan.study.baseline, plan.study
+    labels = {name: outcome.label for name, outcome in plan.outcomes.items()}
     header = [
-        *("arm", "rollout", "seeds", *_LABELS.values()),
-        *(f"{_LABELS[study.outcome]} − {base}", "verdict", "collapsed", "failed"),
+        *("arm", "rollout", "seeds", *labels.values()),
+        *(f"{labels[study.outcome]} − {base}", "verdict", "collapsed", "failed"),
     ]
     rows = []
     for name, arm in plan.arms.items():
         if not arm.train:
             continue
-        means = [_mean(found.mean(name, outcome)) for outcome in _LABELS]
+        means = [_mean(found.mean(name, outcome)) for outcome in labels]
         against = found.difference(name, base, study.outcome)
         said = "" if name == base else verdict(against, study.half_width)
         rows.append(
@@ -59,7 +52,7 @@ def _arms(plan: Plan, found: Outcomes) -> str:
         )
     note = (
         f"Per cent, ± standard error over seeds; differences ± half-width of the 95 % interval, "
-        f"paired by seed. Greedy and sampled: accuracy on held-out problems, mean over the last "
+        f"paired by seed. Greedy and sampled: on held-out problems, mean over the last "
         f"{100 * study.tail:.0f} % of the steps; final: after the last step, more problems; "
         "reward: of the sampling copy, over the same steps."
     )
@@ -80,8 +73,8 @@ def _pairs(plan: Plan, found: Outcomes, recipe: str) -> str:
         ]
         for a in names
     ]
-    what = _LABELS[plan.study.outcome]
-    note = f"Accuracy ({what}) with rollouts in {recipe}, row minus column, points:"
+    what = plan.outcomes[plan.study.outcome].text
+    note = f"With rollouts in {recipe}: {what}; row minus column, points:"
     return f"{note}\n\n{_table(['', *names], rows)}"
 
 
@@ -95,8 +88,7 @@ def _over_time(plan: Plan, found: Outcomes, name: str) -> str:
         [arm, *(_difference(of_arm[s]) if s in of_arm else "-" for s in steps)]
         for arm, of_arm in by_arm.items()
     ]
-    what = {"accuracy": "accuracy, greedy,", "pass_at": "pass@k"}.get(name, "accuracy, sampled,")
-    note = f"Held-out {what} minus {base} by step, points:"
+    note = f"Held-out {plan.evaluations[name]}, minus {base} by step, points:"
     return f"{note}\n\n{_table(['arm', *(f'step {s}' for s in steps)], rows)}"
 
 

@@ -179,6 +179,8 @@ def test_nothing_is_begun_once_the_time_is_up(tmp_path):
         ("seeds=[1,1]", "each once"),
         ("base=absent.yaml", "cannot be read"),
         ("tail=0", "tail=0.0 must be above 0"),
+        ("outcome=cell_accuracy", "outcome='cell_accuracy' is none of accuracy, sampled_accuracy,"),
+        ("arms.int4.settings={task: {name: sudoku}}", "several tasks, arithmetic, sudoku"),
         ("gradients={along: [int4], batches: 10, blocks: 4}", "multiple of blocks=4"),
         ("gradients={along: [int4, exat]}", "gradients.along='exat' is no arm"),
     ],
@@ -249,3 +251,38 @@ def test_runs_of_other_seeds_count_as_well(study):
     plan = config_lib.load(path, ["seeds=[5]"])
     found = outcomes.collect(plan, out)
     assert sorted(found.runs["exact"]) == [0, 1]
+
+
+def test_a_task_is_judged_by_its_further_measures_as_well(tmp_path):
+    path = tiny_study.write(
+        tmp_path, settings={"task": {"name": "sudoku"}}, outcome="sampled_cell_accuracy"
+    )
+    plan = config_lib.load(path)
+    cells = {("exact", 0): 0.8, ("exact", 1): 0.7, ("int4", 0): 0.7, ("int4", 1): 0.5}
+    for (arm, seed), value in cells.items():
+        place = outcomes.run_folder(tmp_path, arm, seed)
+        place.mkdir(parents=True)
+        evaluated = {
+            "eval_accuracy": value / 2,
+            "eval_sampled_accuracy": value / 4,
+            "eval_cell_accuracy": value + 0.1,
+            "eval_sampled_cell_accuracy": value,
+        }
+        rows = [{"step": 1, "reward": 0.5}, {"step": 2, "reward": 0.5, **evaluated}]
+        (place / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        after = {key.replace("eval", "heldout"): x + 0.01 for key, x in evaluated.items()}
+        (place / "summary.json").write_text(json.dumps({"after": after}))
+    found = outcomes.write(plan, tmp_path)
+    assert found.runs["int4"][1] == {
+        "reward": 0.5,
+        **{"accuracy": 0.25, "final_accuracy": 0.26},
+        **{"sampled_accuracy": 0.125, "final_sampled_accuracy": 0.135},
+        **{"cell_accuracy": 0.6, "final_cell_accuracy": 0.61},
+        **{"sampled_cell_accuracy": 0.5, "final_sampled_cell_accuracy": 0.51},
+    }
+    assert found.evaluations["exact"][0]["sampled_cell_accuracy"] == {2: 0.8}
+    text = (tmp_path / "tables.md").read_text()
+    assert "| reward | cell accuracy, sampled − exact | verdict |" in text
+    assert "| -15.0 ± 63.5 | undecided | 0 | 0 |" in text
+    assert "Held-out cell accuracy, sampled, minus exact by step, points:" in text
+    assert "held-out cell accuracy" in (tmp_path / "report.html").read_text()
