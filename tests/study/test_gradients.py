@@ -14,6 +14,8 @@ from train.test_step import POLICY, make_batch, start
 
 from ais_jax import AISConfig, ais
 from ais_jax.ais_config import PRESETS
+from ais_jax.models import Qwen3Config, build
+from ais_jax.sampling import Rollout
 from ais_jax.study import config as config_lib
 from ais_jax.study import gradients
 from ais_jax.train import step as step_lib
@@ -28,12 +30,12 @@ ARMS = {
 }
 
 
-def of_loss(params, batch, coefficient, config):
+def of_loss(params, batch, coefficient, config, policy=POLICY):
     """[P] by the function that the trainer differentiates."""
     denominator = ais.loss_denominator(batch.mask, config)
-    grads = jax.grad(lambda p: step_lib.loss(
-        p, None, batch, coefficient, denominator, policy=POLICY, config=config, kl_coef=0.0
-    )[0])(params)  # fmt: skip
+    grads = jax.jit(jax.grad(lambda p: step_lib.loss(
+        p, None, batch, coefficient, denominator, policy=policy, config=config, kl_coef=0.0
+    )[0]))(params)  # fmt: skip
     return np.asarray(ravel_pytree(grads)[0], np.float64)
 
 
@@ -58,6 +60,45 @@ def test_gradients_of_all_weightings_are_those_of_the_trainers_loss():
     for one, other in zip(found, wanted, strict=True):
         np.testing.assert_allclose(one, other, rtol=0, atol=2e-5 * np.abs(other).max())
     assert np.abs(found[1] - found[0]).max() > 1e-3 * np.abs(found[0]).max()
+
+
+def test_gradients_of_a_model_as_large_as_a_studys_are_those_of_the_trainers_loss():
+    """Vmapped, the backward pass of these shapes is compiled to something else (XLA:CPU)."""
+    sizes = Qwen3Config(
+        vocab_size=21,
+        hidden_size=64,
+        intermediate_size=192,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+    )
+    policy = dataclasses.replace(POLICY, model=build(sizes, "float32"))
+    params = policy.model.init(jax.random.key(0))
+    rng = np.random.default_rng(0)
+    rows, prompt, length = 128, 14, 9
+    mask = jnp.asarray(np.arange(length)[None] < rng.integers(4, length + 1, rows)[:, None])
+    rollout = Rollout(
+        prompts=jnp.asarray(rng.integers(2, 21, (rows, prompt)), jnp.int32),
+        prompt_mask=jnp.ones((rows, prompt), bool),
+        tokens=jnp.asarray(rng.integers(1, 21, (rows, length)), jnp.int32),
+        mask=mask,
+        logps=jnp.zeros((rows, length)),
+        truncated=jnp.zeros(rows, bool),
+    )
+    logps = jax.jit(policy.score)(params, rollout)[0]
+    noise = jnp.asarray(0.3 * rng.standard_normal((rows, length)), jnp.float32)
+    advantages = jnp.asarray(rng.standard_normal(rows), jnp.float32)
+    batch = step_lib.TrainBatch(
+        rollout._replace(logps=logps + noise), mask, advantages, logps, None
+    )
+    configs = (PRESETS["tis"], PRESETS["tis_sequence"], PRESETS["icepop"])
+    program = functools.partial(gradients.batch_gradients, policy=policy, configs=configs)
+    found = np.asarray(jax.jit(program)(params, None, batch))
+    wanted = [of_loss(params, batch, 0.0, configs[0], policy)]
+    wanted += [of_loss(params, batch, 1.0, config, policy) for config in configs]
+    for one, other in zip(found, wanted, strict=True):
+        np.testing.assert_allclose(one, other, rtol=0, atol=2e-5 * np.abs(other).max())
 
 
 def test_sums_are_those_of_each_arms_gradient_at_its_own_coefficient():
