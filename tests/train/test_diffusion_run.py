@@ -84,9 +84,11 @@ def test_a_policy_that_does_not_change_agrees_with_itself(job, name):
     )
     ais_jax.train(config, varied)
     (row,) = metrics_of(config)
-    assert row["ratio_p99"] == pytest.approx(1, abs=1e-3)
-    # The factor of `selection` jumps where two confidences differ by rounding: of a few tokens.
-    if name != "selection":
+    if name == "selection":
+        # Its factor jumps where two confidences differ by rounding, which is up to the machine: of
+        # a few tokens. Canvases of another row are a severity of 1.5.
+        assert row["severity"] < 0.02
+    else:
         assert row["severity"] < 2e-5
         assert row["ratio_max"] == pytest.approx(1, abs=1e-3)
         assert abs(row["kl"]) < 1e-7
