@@ -29,6 +29,7 @@ def differences(found: Mapping[str, tuple[float, float]], baseline: str, what: s
     Args:
       found: arm -> (difference, half-width of the 95 % interval), as shares; NaN is unknown.
       baseline: what zero stands for.
+      what: differs.
     """
     height = 1.1 + 0.27 * len(found)
     result = Figure(figsize=(7.2, height), facecolor="white")

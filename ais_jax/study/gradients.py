@@ -77,7 +77,7 @@ def batch_gradients(
 
     slopes = [slope(configs[0], 0.0), *(slope(config, 1.0) for config in configs)]
     # One after the other: of a vmapped backward pass XLA:CPU (jax 0.10.2) gets all but the first
-    # wrong by up to their own size, for some shapes.
+    # wrong by several times their size, for some shapes.
     return jax.lax.map(lambda x: ravel_pytree(pull(x))[0], jnp.stack(slopes))
 
 

@@ -15,7 +15,7 @@ from train.test_step import POLICY, make_batch, start
 from ais_jax import AISConfig, ais
 from ais_jax.ais_config import PRESETS
 from ais_jax.models import Qwen3Config, build
-from ais_jax.sampling import Rollout
+from ais_jax.sampling import Policy, Rollout, SamplingConfig
 from ais_jax.study import config as config_lib
 from ais_jax.study import gradients
 from ais_jax.train import step as step_lib
@@ -73,10 +73,11 @@ def test_gradients_of_a_model_as_large_as_a_studys_are_those_of_the_trainers_los
         num_key_value_heads=2,
         head_dim=16,
     )
-    policy = dataclasses.replace(POLICY, model=build(sizes, "float32"))
+    rows, prompt, length = 128, 14, 9
+    sampling = SamplingConfig(length, 1.0, pad_id=0, eos_ids=(1,), token_count=21)
+    policy = Policy(build(sizes, "float32"), sampling)
     params = policy.model.init(jax.random.key(0))
     rng = np.random.default_rng(0)
-    rows, prompt, length = 128, 14, 9
     mask = jnp.asarray(np.arange(length)[None] < rng.integers(4, length + 1, rows)[:, None])
     rollout = Rollout(
         prompts=jnp.asarray(rng.integers(2, 21, (rows, prompt)), jnp.int32),
@@ -87,6 +88,7 @@ def test_gradients_of_a_model_as_large_as_a_studys_are_those_of_the_trainers_los
         truncated=jnp.zeros(rows, bool),
     )
     logps = jax.jit(policy.score)(params, rollout)[0]
+    assert np.isfinite(logps).all()
     noise = jnp.asarray(0.3 * rng.standard_normal((rows, length)), jnp.float32)
     advantages = jnp.asarray(rng.standard_normal(rows), jnp.float32)
     batch = step_lib.TrainBatch(
