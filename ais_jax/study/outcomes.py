@@ -26,12 +26,14 @@ class Outcomes:
 
     Attributes:
       runs: arm -> seed -> outcome -> value.
+      metrics: arm -> seed -> the rows of metrics.jsonl.
       evaluations: arm -> seed -> one of `Plan.evaluations` -> step -> value.
       collapsed: arm -> seeds whose reward fell below half of what it had been.
       failed: arm -> seed -> why.
     """
 
     runs: dict[str, dict[int, dict[str, float]]]
+    metrics: dict[str, dict[int, list[dict[str, Any]]]]
     evaluations: dict[str, dict[int, dict[str, dict[int, float]]]]
     collapsed: dict[str, list[int]]
     failed: dict[str, dict[int, str]]
@@ -68,21 +70,21 @@ def gradient_folder(folder: pathlib.Path, along: str, seed: int) -> pathlib.Path
 
 def collect(plan: Plan, folder: pathlib.Path) -> Outcomes:
     """The finished runs of all arms, also of seeds that the study does not name."""
-    found = Outcomes({}, {}, {}, {})
+    found = Outcomes({}, {}, {}, {}, {})
     for arm in plan.arms:
-        runs: dict[int, dict[str, float]] = {}
-        found.evaluations[arm], found.failed[arm], found.collapsed[arm] = {}, {}, []
-        for place in (folder / "runs" / arm).glob("seed_*"):
-            seed = int(place.name.removeprefix("seed_"))
+        found.runs[arm], found.metrics[arm], found.evaluations[arm] = {}, {}, {}
+        found.failed[arm], found.collapsed[arm] = {}, []
+        seeds = (int(x.name.removeprefix("seed_")) for x in (folder / "runs" / arm).glob("seed_*"))
+        for seed in sorted(seeds):
+            place = run_folder(folder, arm, seed)
             failure = place / "failure.json"
             if failure.exists():
                 found.failed[arm][seed] = json.loads(failure.read_text())["failed"]
             elif (place / "summary.json").exists():
-                rows = read_metrics(place / "metrics.jsonl")
+                rows = found.metrics[arm][seed] = read_metrics(place / "metrics.jsonl")
                 found.evaluations[arm][seed] = {x: _evaluated(rows, x) for x in plan.evaluations}
-                runs[seed], collapsed = _outcome(place, rows, plan)
+                found.runs[arm][seed], collapsed = _outcome(place, rows, plan)
                 found.collapsed[arm] += [seed] if collapsed else []
-        found.runs[arm] = dict(sorted(runs.items()))
     return found
 
 
@@ -119,14 +121,7 @@ def write(plan: Plan, folder: pathlib.Path) -> Outcomes:
     text = tables.markdown(plan, found, gradients)
     (folder / "tables.md").write_text(text, encoding="utf-8")
     curves = [
-        Curves(
-            name,
-            arm.recipe,
-            [
-                read_metrics(run_folder(folder, name, seed) / "metrics.jsonl")
-                for seed in found.runs[name]
-            ],
-        )
+        Curves(name, arm.recipe, list(found.metrics[name].values()))
         for name, arm in plan.arms.items()
         if found.runs[name] and arm.draw
     ]
