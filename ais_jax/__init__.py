@@ -12,6 +12,7 @@ _EXPORTS = {
     "Diagnostics": "ais_jax.ais",
     "ImportanceWeights": "ais_jax.ais",
     "aggregate": "ais_jax.ais",
+    "applied_reliability": "ais_jax.ais",
     "ais_loss": "ais_jax.ais",
     "diagnose": "ais_jax.ais",
     "importance_weights": "ais_jax.ais",

@@ -43,7 +43,7 @@ class ImportanceWeights(NamedTuple):
 class Diagnostics(NamedTuple):
     """Scalars over the global batch, at the level of the weights unless said otherwise."""
 
-    reliability: jax.Array | float  # R, effective-sample-size ratio of the applied weights
+    reliability: jax.Array | float  # R, effective-sample-size ratio of the weights
     severity: jax.Array | float  # D, mean |log rho|, nats
     amplification: jax.Array | float  # V, how much more w^2 weighs where A^2 is large
     cv: jax.Array | float | None = None  # coefficient of variation of w: R = 1 / (1 + cv^2)
@@ -270,6 +270,12 @@ def token_weights(importance: ImportanceWeights, coefficient: jax.Array | float)
     w = masked.select(importance.weights, importance.keep)
     omega = 1 + jax.lax.stop_gradient(coefficient) * (w - 1)
     return jnp.broadcast_to(omega, importance.delta.shape)
+
+
+def applied_reliability(importance: ImportanceWeights, coefficient: jax.Array | float) -> jax.Array:
+    """[] effective-sample-size ratio of the omega of valid tokens: mixed, and after rejection."""
+    omega = masked.select(token_weights(importance, coefficient), importance.mask)
+    return _ess_ratio(omega, importance.mask)[0]
 
 
 def loss_denominator(mask: jax.Array, config: AISConfig = AISConfig()) -> jax.Array:

@@ -16,8 +16,9 @@ from ais_jax.errors import UserError
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command; returns the exit code.
 
-    0, 1 where `aot` finds that something does not fit, 2 after an error of one line. A training run
-    that is told to leave by SIGTERM raises SystemExit(143) once it is saved.
+    0, 1 where `aot` finds that something does not fit or a part of a study failed, 2 after an error
+    of one line. A training run that is told to leave by SIGTERM raises SystemExit(143) once it is
+    saved.
     """
     parser = argparse.ArgumentParser(
         prog="ais-jax", description="GRPO with quantized rollouts, corrected by AIS."
@@ -134,17 +135,19 @@ def _add_compare(commands) -> None:
     add("--output", metavar="DIR", help="default runs/<name of the file>")
     add("--jobs", type=int, default=1, metavar="N", help="processes, which share the cores")
     add("--minutes", type=float, metavar="M", help="begin nothing new after this long")
-    add("--arms", metavar="NAME,...", help="train these arms alone")
+    add("--arms", metavar="NAME,...", help="these arms alone")
+    add("--only", choices=("runs", "gradients"), help="train, or measure gradients, alone")
     compare.set_defaults(run=_compare)
 
 
 def _compare(args) -> int:
-    from ais_jax.study.compare import compare
+    from ais_jax.study.compare import compare, default_folder
 
+    folder = default_folder(args.study) if args.output is None else pathlib.Path(args.output)
     arms = () if args.arms is None else _names(args.arms)
-    folder = compare(args.study, args.overrides, args.output, args.jobs, args.minutes, arms)
+    found = compare(args.study, args.overrides, folder, args.jobs, args.minutes, arms, args.only)
     print(folder / "report.html")
-    return 0
+    return int(any(found.failed.values()))
 
 
 def _add_report(commands) -> None:

@@ -17,6 +17,7 @@ from ais_oracle import (
     cv,
     diagnostics,
     entries,
+    ess_ratio,
     expected,
     library,
     near_kink,
@@ -32,6 +33,7 @@ from ais_jax import (
     Diagnostics,
     aggregate,
     ais_loss,
+    applied_reliability,
     diagnose,
     importance_weights,
     loss_denominator,
@@ -84,6 +86,11 @@ def test_matches_the_oracle(name, dtype, batch):
 
     close(result.coefficient, want.coefficient, alpha_tol)
     close(result.weights[batch.mask], omega, largest * (tol + alpha_tol))
+    if omega.any():
+        rounded = (np.asarray(x, np.float32) for x in (batch.old, batch.rollout_logps))
+        importance = importance_weights(*rounded, batch.mask, config)
+        applied = applied_reliability(importance, want.coefficient)
+        close(applied, ess_ratio(list(omega)), 8 * tolerance(batch, np.float32) * largest)
     close(result.loss, want.loss, term * (tol + alpha_tol))
     close(grad, want.grad, term * (tol + alpha_tol))
     assert not grad[~batch.mask].any()

@@ -9,6 +9,7 @@ import pytest
 from ais_jax import settings
 from ais_jax.config import Config
 from ais_jax.errors import UserError
+from ais_jax.report import runs as runs_lib
 from ais_jax.report.figures import Curves, draw, table
 from ais_jax.report.page import markdown_to_html
 from ais_jax.report.runs import report
@@ -88,6 +89,15 @@ def test_runs_that_differ_in_their_seed_are_one_line(tmp_path):
     text = page.read_text(encoding="utf-8")
     assert text.count("data:image/png;base64,") == len(list(page.parent.glob("*.png"))) == 3
     assert not re.search(r'(src|href)="(?!data:)', text)
+
+
+def test_runs_of_one_name_are_told_apart_by_the_folders_above_them(tmp_path, monkeypatch):
+    for arm, recipe in (("plain", "none"), ("coarse", "int4")):
+        write_run(tmp_path / "runs" / arm / "seed_0", 0, recipe)
+    shown = []
+    monkeypatch.setattr(runs_lib, "draw", lambda curves: shown.extend(curves) or {})
+    runs_lib.report([tmp_path / "runs" / arm / "seed_0" for arm in ("plain", "coarse")], tmp_path)
+    assert [curve.name for curve in shown] == ["plain/seed_0", "coarse/seed_0"]
 
 
 def test_runs_that_are_named_have_their_own_picture_too(tmp_path):

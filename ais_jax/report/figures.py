@@ -71,7 +71,7 @@ _FIGURES: dict[str, tuple[str, tuple[_Panel, ...]]] = {
         (
             _Panel("coefficient", "Coefficient α"),
             _Panel("reliability", "Reliability R"),
-            _Panel("severity", "Severity D, nats", log=True),
+            _Panel("severity", "Severity D, nats; with sequence weights of rows", log=True),
             _Panel("amplification", "Amplification V"),
         ),
     ),
@@ -79,8 +79,8 @@ _FIGURES: dict[str, tuple[str, tuple[_Panel, ...]]] = {
         "Effective sample size and severity over training",
         (
             _Panel("reliability_raw", "ESS ratio, raw ratios"),
-            _Panel("reliability", "ESS ratio, weights as applied"),
-            _Panel("severity", "Severity D, nats", log=True),
+            _Panel("reliability_applied", "ESS ratio, weights as applied"),
+            _Panel("severity", "Severity D, nats; with sequence weights of rows", log=True),
         ),
     ),
     "exploration": (
@@ -170,9 +170,7 @@ def head(ax: Axes, title: str) -> None:
 def frame_column(axes: Sequence[Axes], recipe: str, across: str) -> None:
     """The recipe above a column of axes; what is across and the names of the lines below it."""
     top, bottom = axes[0], axes[-1]
-    top.annotate(
-        f"rollouts in {recipe}", (0, 1.22), xycoords="axes fraction", fontsize=11, color=GREY
-    )
+    top.annotate(_rollouts(recipe), (0, 1.22), xycoords="axes fraction", fontsize=11, color=GREY)
     bottom.set_xlabel(across, color=INK, fontsize=9)
     if bottom.lines:
         bottom.legend(
@@ -184,6 +182,10 @@ def frame_column(axes: Sequence[Axes], recipe: str, across: str) -> None:
             labelspacing=0.3,
             handlelength=2.6,
         )
+
+
+def _rollouts(recipe: str) -> str:
+    return "rollouts unquantized" if recipe == "none" else f"rollouts in {recipe}"
 
 
 def looks(names: Sequence[str], baseline: str | None) -> list[dict[str, Any]]:

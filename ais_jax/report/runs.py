@@ -56,7 +56,8 @@ def _grouped(runs: Sequence[pathlib.Path]) -> list[Curves]:
         tree: dict[str, Any] = {"output_dir": str(run)}
         if path.exists():
             tree = settings.load_yaml(path)
-        recipe = str((tree.get("rollout") or {}).get("recipe", "unknown"))
+        rollout = tree.get("rollout")
+        recipe = str(rollout.get("recipe")) if isinstance(rollout, dict) else "unknown"
         if isinstance(tree.get("train"), dict):
             tree["train"].pop("seed", None)
             tree.pop("output_dir", None)
@@ -64,17 +65,28 @@ def _grouped(runs: Sequence[pathlib.Path]) -> list[Curves]:
         groups.setdefault(key, []).append(run)
         recipes[key] = recipe
     found = []
-    for key, members in groups.items():
+    names = _names(list(groups.values()))
+    for (key, members), name in zip(groups.items(), names, strict=True):
         rows = [read_metrics(run / "metrics.jsonl") for run in members]
         for run, of_run in zip(members, rows, strict=True):
             if not of_run:
                 raise UserError(f"{run} holds no steps yet: train for at least one step")
-        found.append(Curves(_name(members), recipes[key], rows))
+        found.append(Curves(name, recipes[key], rows))
     return found
 
 
-def _name(members: Sequence[pathlib.Path]) -> str:
-    """Of one run its folder, of several the folder that they are in."""
-    first = members[0].resolve()
-    together = len(members) > 1 and all(m.resolve().parent == first.parent for m in members)
-    return first.parent.name if together else first.name
+def _names(groups: Sequence[Sequence[pathlib.Path]]) -> list[str]:
+    """Of each group: of one run its folder, of several the one that they are in.
+
+    With as many of the folders above them as tell the groups apart.
+    """
+    places = []
+    for members in groups:
+        first = members[0].resolve()
+        together = len(members) > 1 and all(m.resolve().parent == first.parent for m in members)
+        places.append(first.parent.parts if together else first.parts)
+    for count in range(1, max(map(len, places)) + 1):
+        names = ["/".join(parts[-count:]) for parts in places]
+        if len(set(names)) == len(names):
+            break
+    return names

@@ -16,15 +16,18 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
+import filelock
+
 from ais_jax import child, settings
 from ais_jax.config import Config
 from ais_jax.errors import UserError
 from ais_jax.study import config as config_lib
 from ais_jax.study import outcomes
-from ais_jax.study.config import Plan
+from ais_jax.study.config import Plan, Study
 from ais_jax.train.display import Column, Progress
-from ais_jax.train.metrics import write_json
+from ais_jax.train.metrics import read_json, write_json
 
+PARTS = ("runs", "gradients")
 _PATIENCE = 120.0  # seconds that a process has to save what it has done
 _COLUMNS = (
     Column("accuracy", "accuracy", lambda x: f"{100 * x:.1f} %"),
@@ -53,7 +56,8 @@ def compare(
     jobs: int = 1,
     minutes: float | None = None,
     arms: Sequence[str] = (),
-) -> pathlib.Path:
+    only: str | None = None,
+) -> outcomes.Outcomes:
     """Runs a study's arms and seeds, those that are not done yet, and writes its results.
 
     Args:
@@ -62,13 +66,15 @@ def compare(
       output: the study's folder, which goes on where it was stopped; None is runs/<file's name>.
       jobs: processes at a time; the cores are shared out among them.
       minutes: begin nothing new after this long.
-      arms: train these alone; none is all.
+      arms: train these, and measure gradients along these, alone; none is all.
+      only: one of `PARTS`; None is both.
 
     Returns:
-      The folder.
+      What all runs in the folder have come to.
 
     Raises:
-      UserError: the study cannot be, or the folder holds runs with other settings.
+      UserError: the study cannot be, or the folder holds another one, runs with other settings or
+        files that are damaged, or another process is at work in it.
       SystemExit: SIGTERM came; what was done is saved, and the code is 143.
     """
     plan = config_lib.load(path, overrides)
@@ -79,20 +85,54 @@ def compare(
         raise UserError(f"--jobs {jobs} must be at least 1")
     if minutes is not None and not minutes > 0:
         raise UserError(f"--minutes {minutes:g} must be above 0")
-    folder = (
-        pathlib.Path("runs", pathlib.Path(path).stem) if output is None else pathlib.Path(output)
-    )
-    units = [*_runs(plan, folder, arms), *_gradients(plan, path, overrides, folder)]
+    folder = default_folder(path) if output is None else pathlib.Path(output)
+    units = [] if only == "gradients" else [*_runs(plan, folder, arms)]
+    if only != "runs":
+        units += _gradients(plan, path, overrides, folder, arms)
+    with _held(folder):
+        try:
+            _check_study(folder / "study.yaml", plan.study)
+            todo = [unit for unit in units if not _is_done(unit, plan)]
+            settings.save_yaml(plan.study, folder / "study.yaml")
+        except OSError as error:
+            raise UserError(f"{folder} cannot be used: {error.strerror or error}") from error
+        todo.sort(key=lambda unit: unit.trains)  # what takes longest first
+        _work(todo, len(units), folder, jobs, minutes)
+        return outcomes.write(plan, folder)
+
+
+def default_folder(path: str | os.PathLike) -> pathlib.Path:
+    """Where a study goes that is told no other place."""
+    return pathlib.Path("runs", pathlib.Path(path).stem)
+
+
+@contextlib.contextmanager
+def _held(folder: pathlib.Path) -> Iterator[None]:
+    """Keeps a second process out of the folder."""
+    lock = filelock.FileLock(folder / ".lock")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        todo = [unit for unit in units if not _is_done(unit, plan)]
-        settings.save_yaml(plan.study, folder / "study.yaml")
+        lock.acquire(timeout=0)
+    except filelock.Timeout as error:
+        raise UserError(
+            f"another process is at work in {folder}; wait for it, or take another --output"
+        ) from error
     except OSError as error:
         raise UserError(f"{folder} cannot be used: {error.strerror or error}") from error
-    todo.sort(key=lambda unit: unit.trains)  # what takes longest first
-    _work(todo, len(units), folder, jobs, minutes)
-    outcomes.write(plan, folder)
-    return folder
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _check_study(path: pathlib.Path, study: Study) -> None:
+    """Raises UserError where the folder is one of a study over another base."""
+    if not path.exists():
+        return
+    before = settings.load(Study, path)
+    found = {"base": before.base, "settings": before.settings}
+    wanted = {"base": study.base, "settings": study.settings}
+    _refuse(path.parent, "made", settings.changed_keys(found, wanted))
 
 
 def _runs(plan: Plan, folder: pathlib.Path, arms: Sequence[str]) -> Iterator[Unit]:
@@ -105,11 +145,14 @@ def _runs(plan: Plan, folder: pathlib.Path, arms: Sequence[str]) -> Iterator[Uni
                 yield Unit(name, seed, place, {"config": tree})
 
 
-def _gradients(plan: Plan, path, overrides: Sequence[str], folder: pathlib.Path) -> Iterator[Unit]:
+def _gradients(
+    plan: Plan, path, overrides: Sequence[str], folder: pathlib.Path, arms: Sequence[str]
+) -> Iterator[Unit]:
     wanted = plan.study.gradients
     if wanted is None:
         return
-    for along, seed in itertools.product(wanted.along, wanted.seeds):
+    chosen = [along for along in wanted.along if not arms or along in arms]
+    for along, seed in itertools.product(chosen, wanted.seeds):
         place = outcomes.gradient_folder(folder, along, seed)
         request = {
             "study": str(pathlib.Path(path).resolve()),
@@ -138,8 +181,8 @@ def _check_measured(path: pathlib.Path, plan: Plan, seed: int) -> None:
     known: dict[str, Any] = {"batches": wanted.batches, "blocks": wanted.blocks}
     known["arms"] = {name: settings.to_dict(plan.config(name, seed)) for name in plan.arms}
     if path.exists():
-        before = json.loads(path.read_text(encoding="utf-8"))
-        for name, tree in before["arms"].items():
+        before = read_json(path)
+        for name, tree in before.get("arms", {}).items():
             before["arms"][name] = settings.to_dict(settings.build(Config, tree, str(path)))
         _refuse(path.parent, "measured", settings.changed_keys(before, known))
     path.parent.mkdir(parents=True, exist_ok=True)

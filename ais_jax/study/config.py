@@ -24,6 +24,8 @@ _CORRECTION = (
     *("level", "cap", "coefficient", "fixed_alpha", "mask_low", "mask_high"),
     *("geometric_low", "geometric_high", "veto"),
 )
+# What the loss is, whatever its tokens' weights: the same in all arms whose gradients are compared.
+_LOSS = ("clip_low", "clip_high", "dual_clip", "policy_ratio", "aggregation", "max_length")
 # How a measure of the task is taken, by what stands before its name: what tables call it, and what
 # it is.
 _TAKEN = {
@@ -188,14 +190,32 @@ def load(path: str | os.PathLike, overrides: Sequence[str] = ()) -> Plan:
         if not isinstance(given, Mapping):
             raise UserError(f"{path}: arms.{name}: expected keys such as recipe: fp8")
         arms[name] = settings.build(Arm, given, f"{path}: arms.{name}")
+    if not arms[study.baseline].train:
+        raise UserError(f"{path}: baseline={study.baseline!r} has train: false; let it be trained")
     plan = Plan(study, merged(base, study.settings), arms, ("accuracy",))
     tasks = {plan.config(name, study.seeds[0]).task.name for name in arms}
     if len(tasks) > 1:
         raise UserError(f"{path}: the arms have several tasks, {', '.join(sorted(tasks))}")
+    if study.gradients is not None:
+        _check_one_loss(plan, path)
     plan = dataclasses.replace(plan, measures=tuple(measures(get_task(tasks.pop()))))
     if study.outcome not in plan.outcomes:
         raise UserError(f"{path}: outcome={study.outcome!r} is none of {', '.join(plan.outcomes)}")
     return plan
+
+
+def _check_one_loss(plan: Plan, path: str | os.PathLike) -> None:
+    seed = plan.study.seeds[0]
+    first, *others = plan.arms
+    for key in _LOSS:
+        wanted = getattr(plan.config(first, seed).ais, key)
+        for name in others:
+            value = getattr(plan.config(name, seed).ais, key)
+            if value != wanted:
+                raise UserError(
+                    f"{path}: gradients are compared of one loss, but ais.{key} is {wanted} in arm "
+                    f"{first} and {value} in {name}; make it the same, or set gradients=null"
+                )
 
 
 def merged(tree: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:

@@ -40,6 +40,7 @@ from ais_jax.train.warmup import warm_up
 # Sets the problems and keys of measurements apart from those of training.
 _APART = 1_000_003
 _LOGGED = ("severity", "reliability", "reliability_raw", "amplification", "ratio_mean")
+_RATIOS = ("mse", "variance", "efficiency")
 
 
 def batch_gradients(
@@ -190,17 +191,22 @@ class Sampler:
         self._key = jax.random.key(seed)
 
     def batch(self, number: int) -> TrainBatch:
-        """The next batch; `number` counts them."""
+        """The next batch; `number`, as a step in training, gives its key."""
         key = jax.random.fold_in(self._key, number)
         sampled = sample_groups(self._run, self._copy, key, self._iterator, self._judge, Phases())
         return build_batch(self._run, self._state, self._copy, sampled, None, key)[0]
 
 
-def calibrated(group: Group, sampler: Sampler) -> np.ndarray:
-    """[A] D0 of each arm in nats: its config's number, or as the trainer calibrates `auto`."""
+def calibrated(group: Group, state: Any, examples: list[dict], judge: Judge) -> np.ndarray:
+    """[A] D0 of each arm in nats: its config's number, or `auto` of the run's own first batches.
+
+    Prompts and keys are those of training, so that it differs from what the trainer finds by what
+    the first few updates change alone.
+    """
+    sampler = Sampler(group, state, examples, group.run.config.train.seed, judge)
     calibrations = [state_lib.Calibration(jnp.float32(0), jnp.int32(0)) for _ in group.configs]
-    for i in range(state_lib.CALIBRATION_BATCHES):
-        found = _severities(sampler.batch(i), group.configs)
+    for step in range(1, state_lib.CALIBRATION_BATCHES + 1):
+        found = _severities(sampler.batch(step), group.configs)
         calibrations = [state_lib.calibrate(*x) for x in zip(calibrations, found, strict=True)]
     pairs = zip(calibrations, group.configs, strict=True)
     return np.array([state_lib.severity_scale(*pair) for pair in pairs], np.float32)
@@ -259,10 +265,7 @@ def measure_along(
         for step, run_now, state in _states(run, examples, judge, missing[-1], between):
             groups = [g._replace(run=_with_frozen(g.run, run_now)) for g in groups]
             if step == 0:
-                scales = [
-                    calibrated(g, Sampler(g, state, examples, seed + _APART - 1, judge))
-                    for g in groups
-                ]
+                scales = [calibrated(g, state, examples, judge) for g in groups]
             if step in missing:
                 of_state = seed + _APART + step
                 found = _measure_state(
@@ -322,11 +325,12 @@ def _measure_state(
             blocks.append(jax.tree.map(lambda x: np.asarray(x) / size, sums))
             progress.update((block + 1) * size, {})
     stacked = jax.tree.map(lambda *x: np.stack(x), *blocks)
-    reference = stacked[exact].parts[:, 0], stacked[exact].products[:, 0, 0]
+    r = stacked[exact].parts[:, 0], stacked[exact].products[:, 0, 0]
     result: dict[str, Any] = {"batches": wanted.batches, "arms": {}, "weightings": []}
+    unquantized = _draws(everyone[exact], stacked[exact], *r)
     for group, scale, of_group in zip(groups, scales, stacked, strict=False):
-        result["arms"] |= _result(group, scale, of_group, *reference)
-        result["weightings"] += _mixtures(group, of_group, *reference)
+        result["arms"] |= _result(group, scale, of_group, _draws(group, of_group, *r), unquantized)
+        result["weightings"] += _mixtures(group, of_group, *r)
     return result
 
 
@@ -358,17 +362,37 @@ def _compiled(policy: Policy, configs, weightings, of_arm) -> Callable:
     )
 
 
-def _result(group: Group, scale: np.ndarray, sums: Any, r: np.ndarray, r2: np.ndarray) -> dict:
-    """By arm: severity_scale, mean coefficient and diagnostics, estimates of `moments.measure`."""
+def _draws(group: Group, sums: Any, r: np.ndarray, r2: np.ndarray) -> dict[str, dict]:
+    """By arm: `moments.draws`, from the same resamples for all."""
+    return {
+        name: moments.draws(moments.Blocks(sums.arms[:, i], r, sums.arm_squares[:, i], r2))
+        for i, name in enumerate(group.arms)
+    }
+
+
+def _result(group: Group, scale: np.ndarray, sums: Any, drawn: dict, unquantized: dict) -> dict:
+    """By arm: severity_scale, mean coefficient and diagnostics, intervals of `moments.draws`.
+
+    `against` sets it against every other arm of its recipe and the unquantized ones, drawn in
+    pairs: how many times as large mse, variance and efficiency are, by how much bias2 is larger.
+    """
     found = {}
     for i, (name, w) in enumerate(zip(group.arms, group.of_arm, strict=True)):
-        blocks = moments.Blocks(sums.arms[:, i], r, sums.arm_squares[:, i], r2)
+        mine = drawn[name]
         found[name] = {
             "recipe": group.run.recipe[0],
             "severity_scale": float(scale[i]),
             "coefficient": float(sums.alphas[:, i].mean()),
             **dict(zip(_LOGGED, sums.logged[:, w].mean(axis=0).tolist(), strict=True)),
-            **{x: list(y) for x, y in moments.measure(blocks).items()},
+            **{x: list(moments.interval(values)) for x, values in mine.items()},
+            "against": {
+                other: {
+                    **{x: list(moments.interval(mine[x] / others[x])) for x in _RATIOS},
+                    "bias2": list(moments.interval(mine["bias2"] - others["bias2"])),
+                }
+                for other, others in (unquantized | drawn).items()
+                if other != name
+            },
         }
     return found
 

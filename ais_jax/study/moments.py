@@ -33,7 +33,7 @@ class Interval(NamedTuple):
     high: float
 
 
-def measure(blocks: Blocks, seed: int = 0) -> dict[str, Interval]:
+def draws(blocks: Blocks, seed: int = 0) -> dict[str, np.ndarray]:
     """What an arm's gradient is worth, each relative to |E r|^2.
 
         bias2     |E g - E r|^2
@@ -41,23 +41,37 @@ def measure(blocks: Blocks, seed: int = 0) -> dict[str, Interval]:
         mse       their sum: E|g - E r|^2
         cosine    of E g and E r
 
-    and, whatever the length of the gradients, which an optimizer such as Adam takes out anyway,
+    and, whatever the length of the gradients,
 
         efficiency  (<E g, E r>^2 / E|g|^2) / (|E r|^4 / E|r|^2)
 
-    the share of a batch's squared gradient that lies along E r, in units of that of unquantized
-    sampling: how many unquantized batches one is worth while noise dominates. Where every batch is
-    noisy, the mean squared error of one of them rewards gradients that are merely short.
+    what the best step along one batch's gradient gains where the loss is equally curved in all
+    directions, in units of what it gains with unquantized sampling. The mean squared error of a
+    noisy batch rewards gradients that are merely short; this does not.
 
-    Blocks are drawn with replacement, 2000 times (Efron, Annals of Statistics 7, 1979). Of a
-    quantity without a finite value, such as where E r is not told from 0, the values are NaN.
+    Blocks are drawn with replacement, 2000 times (Efron, Annals of Statistics 7, 1979).
 
     Args:
       blocks: of one state.
       seed: of the draws; the same for all arms makes their resamples the same.
+
+    Returns:
+      Of each [1 + 2000] float64: the estimate, then that of every resample. NaN where there is no
+      finite value, such as where E r is not told from 0.
     """
-    found = _estimates(blocks, _resamples(len(blocks.squares), seed))
-    return {name: _interval(values) for name, values in found.items()}
+    return _estimates(blocks, _resamples(len(blocks.squares), seed))
+
+
+def interval(values: np.ndarray) -> Interval:
+    """The estimate and its bounds from `draws`, or from two arms' draws set against each other.
+
+    All NaN where the estimate is, or where more than 2.5 % of the resamples are: which of them
+    have a value would decide the bounds.
+    """
+    if not np.isfinite(values[0]) or np.isnan(values[1:]).mean() > 0.025:
+        return Interval(np.nan, np.nan, np.nan)
+    low, high = np.nanpercentile(values[1:], [2.5, 97.5])
+    return Interval(float(values[0]), float(low), float(high))
 
 
 def _resamples(count: int, seed: int) -> np.ndarray:
@@ -65,13 +79,6 @@ def _resamples(count: int, seed: int) -> np.ndarray:
     rng = np.random.default_rng(seed)
     draws = rng.multinomial(count, np.full(count, 1 / count), size=_RESAMPLES)
     return np.concatenate([np.ones((1, count)), draws]).astype(np.float64)
-
-
-def _interval(values: np.ndarray) -> Interval:
-    if not np.isfinite(values[0]):
-        return Interval(np.nan, np.nan, np.nan)
-    low, high = np.nanpercentile(values[1:], [2.5, 97.5])
-    return Interval(float(values[0]), float(low), float(high))
 
 
 def _estimates(blocks: Blocks, weights: np.ndarray) -> dict[str, np.ndarray]:
@@ -124,4 +131,4 @@ def best_mixture(plain: Blocks, weighted: Blocks, cross: np.ndarray, seed: int =
     length = mean @ (weighted.squares - 2 * cross + plain.squares)
     with np.errstate(divide="ignore", invalid="ignore"):
         alpha = (toward - along) / np.where(length > 0, length, np.nan)
-    return _interval(np.clip(alpha, 0, 1))
+    return interval(np.clip(alpha, 0, 1))

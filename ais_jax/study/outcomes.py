@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import pathlib
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
 
+from ais_jax.errors import UserError
 from ais_jax.report import evidence, page
 from ais_jax.report.figures import Curves, draw, evaluation
 from ais_jax.study import tables
 from ais_jax.study.config import REWARD, Plan, tail_start
 from ais_jax.study.statistics import Difference, Mean, has_collapsed, mean, paired
-from ais_jax.train.metrics import read_metrics, write_json
+from ais_jax.train.metrics import read_json, read_metrics, write_json
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +30,7 @@ class Outcomes:
       metrics: arm -> seed -> the rows of metrics.jsonl.
       evaluations: arm -> seed -> one of `Plan.evaluations` -> step -> value.
       collapsed: arm -> seeds whose reward fell below half of what it had been.
-      failed: arm -> seed -> why.
+      failed: arm, or "gradients along" one -> seed -> why.
     """
 
     runs: dict[str, dict[int, dict[str, float]]]
@@ -46,6 +47,11 @@ class Outcomes:
         """Of `arm` minus `other`, paired by seed."""
         shared = sorted(self.runs[arm].keys() & self.runs[other].keys())
         return paired([self.runs[arm][s][outcome] - self.runs[other][s][outcome] for s in shared])
+
+    def over_steps(self, arm: str, key: str) -> Mean:
+        """Of a metric's mean over all steps of a run, over seeds."""
+        means = [_mean_of(rows, key) for rows in self.metrics[arm].values()]
+        return mean([value for value in means if not math.isnan(value)])
 
     def over_time(self, arm: str, other: str, name: str) -> dict[int, Difference]:
         """By step, the difference of an evaluation, where both have it."""
@@ -74,18 +80,27 @@ def collect(plan: Plan, folder: pathlib.Path) -> Outcomes:
     for arm in plan.arms:
         found.runs[arm], found.metrics[arm], found.evaluations[arm] = {}, {}, {}
         found.failed[arm], found.collapsed[arm] = {}, []
-        seeds = (int(x.name.removeprefix("seed_")) for x in (folder / "runs" / arm).glob("seed_*"))
-        for seed in sorted(seeds):
+        for seed in _seeds(folder / "runs" / arm):
             place = run_folder(folder, arm, seed)
             failure = place / "failure.json"
             if failure.exists():
-                found.failed[arm][seed] = json.loads(failure.read_text())["failed"]
+                found.failed[arm][seed] = str(read_json(failure).get("failed"))
             elif (place / "summary.json").exists():
                 rows = found.metrics[arm][seed] = read_metrics(place / "metrics.jsonl")
                 found.evaluations[arm][seed] = {x: _evaluated(rows, x) for x in plan.evaluations}
                 found.runs[arm][seed], collapsed = _outcome(place, rows, plan)
                 found.collapsed[arm] += [seed] if collapsed else []
+    for along in sorted((folder / "gradients").glob("*")):
+        failures = {seed: along / f"seed_{seed}" / "failure.json" for seed in _seeds(along)}
+        failed = {s: str(read_json(x).get("failed")) for s, x in failures.items() if x.exists()}
+        if failed:
+            found.failed[f"gradients along {along.name}"] = failed
     return found
+
+
+def _seeds(arm: pathlib.Path) -> list[int]:
+    names = (re.fullmatch(r"seed_(\d+)", path.name) for path in arm.glob("seed_*"))
+    return sorted(int(match[1]) for match in names if match)
 
 
 def _evaluated(rows: Sequence[Mapping[str, Any]], name: str) -> dict[int, float]:
@@ -96,16 +111,20 @@ def _evaluated(rows: Sequence[Mapping[str, Any]], name: str) -> dict[int, float]
 def _outcome(
     place: pathlib.Path, rows: Sequence[Mapping[str, Any]], plan: Plan
 ) -> tuple[dict[str, float], bool]:
-    after = json.loads((place / "summary.json").read_text(encoding="utf-8"))["after"]
+    after = read_json(place / "summary.json").get("after")
+    if not rows or not isinstance(after, dict):
+        lacks = "summary.json lacks what came after" if rows else "metrics.jsonl holds no steps"
+        raise UserError(f"{place}: {lacks}; remove the folder, and the run is repeated")
     steps = rows[-1]["step"]
     last = [row for row in rows if row["step"] >= tail_start(steps, plan.study.tail)]
     found = {REWARD: _mean_of(last, "reward")}
     for measure in plan.measures:
         for name in (measure, f"sampled_{measure}"):
-            final, evaluated = after[f"heldout_{name}"], _mean_of(last, f"eval_{name}")
+            final = after.get(f"heldout_{name}", math.nan)
+            evaluated = _mean_of(last, f"eval_{name}")
             found[f"final_{name}"] = final
             found[name] = final if math.isnan(evaluated) else evaluated
-    return found, has_collapsed([row["reward"] for row in rows], len(last))
+    return found, has_collapsed([row.get("reward") for row in rows])
 
 
 def _mean_of(rows: Sequence[Mapping[str, Any]], key: str) -> float:
@@ -135,12 +154,12 @@ def _evidence(plan: Plan, found: Outcomes, states: list[dict]) -> dict[str, tupl
     figures: dict[str, tuple[str, Figure]] = {}
     base = plan.study.baseline
     trained = [arm for arm in plan.arms if found.runs[arm]]
-    against = {a: found.difference(a, base, plan.study.outcome)[:2] for a in trained if a != base}
+    against = {a: found.difference(a, base, plan.study.outcome) for a in trained if a != base}
     if against and base in trained:
         text = plan.outcomes[plan.study.outcome].text
         figures["differences"] = (
             f"Against {base}: {text}",
-            evidence.differences(against, base, text.split(",")[0]),
+            evidence.differences(against, base, text[0].upper() + text[1:]),
         )
         drawn = {a: arm for a, arm in plan.arms.items() if arm.draw and a in trained}
         recipes = {a: arm.recipe for a, arm in drawn.items() if a != base}
@@ -184,6 +203,13 @@ def _as_json(plan: Plan, found: Outcomes, gradients: list[dict]) -> dict[str, An
             }
             for a in trained
         },
+        "over_steps": {
+            a: {
+                str(seed): {key: _mean_of(rows, key) for key in tables.MEASURED}
+                for seed, rows in found.metrics[a].items()
+            }
+            for a in trained
+        },
         "evaluations": _keys_as_text(found.evaluations),
         "gradients": gradients,
     }
@@ -199,6 +225,4 @@ def _keys_as_text(tree: Any) -> Any:
 def _read_gradients(folder: pathlib.Path) -> list[dict]:
     """The measured states, of all seeds."""
     paths = sorted((folder / "gradients").glob("*/seed_*/step_*.json"))
-    return [
-        {"along": path.parts[-3], **json.loads(path.read_text(encoding="utf-8"))} for path in paths
-    ]
+    return [{"along": path.parts[-3], **read_json(path)} for path in paths]

@@ -7,7 +7,18 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from ais_jax.study.config import Plan
-from ais_jax.study.statistics import Difference, Mean, verdict
+from ais_jax.study.statistics import Difference, Mean, holm, verdict
+
+# Metrics of training that are averaged over all steps, and what tables call them.
+MEASURED = {
+    "coefficient": "α",
+    "severity": "D, nats",
+    "reliability": "R",
+    "amplification": "V",
+    "reliability_raw": "ESS ratio, raw",
+    "reliability_applied": "ESS ratio, applied",
+    "entropy": "entropy, nats",
+}
 
 if TYPE_CHECKING:
     from ais_jax.study.outcomes import Outcomes
@@ -16,8 +27,8 @@ if TYPE_CHECKING:
 def markdown(plan: Plan, found: Outcomes, gradients: Sequence[dict]) -> str:
     """All tables: arms, differences within a recipe, gradients."""
     parts = []
-    if any(found.runs.values()):
-        parts += [_arms(plan, found)]
+    if any(found.runs.values()) or any(found.failed.values()):
+        parts += [_arms(plan, found), *_failures(found), _correction(plan, found)]
         recipes = dict.fromkeys(arm.recipe for arm in plan.arms.values())
         parts += [t for recipe in recipes if (t := _pairs(plan, found, recipe))]
         parts += [t for name in plan.evaluations if (t := _over_time(plan, found, name))]
@@ -32,8 +43,13 @@ def _arms(plan: Plan, found: Outcomes) -> str:
     labels = {name: outcome.label for name, outcome in plan.outcomes.items()}
     header = [
         *("arm", "rollout", "seeds", *labels.values()),
-        *(f"{labels[study.outcome]} − {base}", "verdict", "collapsed", "failed"),
+        *(f"{labels[study.outcome]} − {base}", "verdict", "p, Holm", "collapsed", "failed"),
     ]
+    others = [name for name, arm in plan.arms.items() if arm.train and name != base]
+    ps = holm([found.difference(name, base, study.outcome).p for name in others])
+    adjusted = {
+        name: "-" if math.isnan(p) else f"{p:.2g}" for name, p in zip(others, ps, strict=True)
+    }
     rows = []
     for name, arm in plan.arms.items():
         if not arm.train:
@@ -45,7 +61,7 @@ def _arms(plan: Plan, found: Outcomes) -> str:
             [
                 *(name, arm.recipe, str(len(found.runs[name])), *means),
                 "" if name == base else _difference(against),
-                said,
+                *(said, adjusted.get(name, "")),
                 str(len(found.collapsed[name])),
                 str(len(found.failed[name])),
             ]
@@ -54,9 +70,27 @@ def _arms(plan: Plan, found: Outcomes) -> str:
         f"Per cent, ± standard error over seeds; differences ± half-width of the 95 % interval, "
         f"paired by seed. Greedy and sampled: on held-out problems, mean over the last "
         f"{100 * study.tail:.0f} % of the steps; final: after the last step, more problems; "
-        "reward: of the sampling copy, over the same steps."
+        "reward: of the sampling copy, over the same steps. Verdicts are of each arm alone; p is "
+        "of no difference, adjusted for all arms of this table (Holm)."
     )
     return f"{note}\n\n{_table(header, rows)}"
+
+
+def _correction(plan: Plan, found: Outcomes) -> str:
+    names = [name for name in plan.arms if found.runs[name]]
+    rows = [
+        [name, *(f"{found.over_steps(name, key).value:.3g}" for key in MEASURED)] for name in names
+    ]
+    note = "Mean over all steps and seeds:"
+    return f"{note}\n\n{_table(['arm', *MEASURED.values()], rows)}"
+
+
+def _failures(found: Outcomes) -> list[str]:
+    return [
+        f"{arm}, seed {seed} failed: {why}"
+        for arm, seeds in found.failed.items()
+        for seed, why in sorted(seeds.items())
+    ]
 
 
 def _pairs(plan: Plan, found: Outcomes, recipe: str) -> str:

@@ -193,6 +193,7 @@ def train_step(
         **_named_terms(sampled.terms),
         "coefficient": measured.coefficient,
         "severity_scale": measured.severity_scale,
+        "reliability_applied": measured.reliability_applied,
         **measured.diagnostics._asdict(),
         **learned,
         "entropy": entropy,

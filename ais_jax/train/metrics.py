@@ -20,8 +20,17 @@ PathLike = str | os.PathLike[str]
 
 _AIS = frozenset(
     (
-        *("coefficient", "reliability", "reliability_raw", "severity", "severity_scale"),
-        *("amplification", "cv", "ratio_mean", "ratio_sem", "ratio_max", "ratio_p99"),
+        *("coefficient", "reliability", "reliability_raw", "reliability_applied"),
+        *(
+            "severity",
+            "severity_scale",
+            "amplification",
+            "cv",
+            "ratio_mean",
+            "ratio_sem",
+            "ratio_max",
+            "ratio_p99",
+        ),
         *("capped_fraction", "rejected_fraction", "kl_k1", "kl_k3", "mult_error", "skew"),
     )
 )
@@ -187,6 +196,23 @@ def read_metrics(path: PathLike) -> list[dict[str, Any]]:
         "step"; the message names file and line.
     """
     return [row for _, row in _read_lines(pathlib.Path(path))]
+
+
+def read_json(path: PathLike) -> dict[str, Any]:
+    """The object that a JSON file of a run holds.
+
+    Raises:
+      UserError: it cannot be read, or holds something else.
+    """
+    try:
+        value = json.loads(pathlib.Path(path).read_bytes())
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{path} cannot be read ({error}); remove it, and it is made anew"
+        ) from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path} holds no JSON object; remove it, and it is made anew")
+    return value
 
 
 def write_json(path: PathLike, value: Any) -> None:

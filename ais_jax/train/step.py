@@ -35,6 +35,7 @@ class Measurement(NamedTuple):
 
     coefficient: jax.Array  # [] alpha
     severity_scale: jax.Array  # [] D0, nats
+    reliability_applied: jax.Array  # [] R of what tokens are multiplied by
     diagnostics: ais.Diagnostics
 
 
@@ -81,7 +82,8 @@ def measure(
     calibration = calibrate(calibration, diagnostics.severity)
     scale = severity_scale(calibration, config)
     coefficient = ais.mixing_coefficient(diagnostics, config, scale)
-    return calibration, Measurement(coefficient, scale, diagnostics)
+    applied = ais.applied_reliability(importance, coefficient)
+    return calibration, Measurement(coefficient, scale, applied, diagnostics)
 
 
 def loss(

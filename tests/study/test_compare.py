@@ -1,14 +1,17 @@
 """Studies from the command line: what is run, what is not run again, and what is said of it."""
 
 import json
+import math
 import os
 import pathlib
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
 
+import filelock
 import pytest
 import tiny_study
 from tiny_job import one_device
@@ -113,12 +116,84 @@ def test_what_is_done_is_not_run_again(study):
 
 def test_other_settings_in_the_same_folder_are_refused(study):
     path, out = study
-    result = compare(path, "settings.optimizer.learning_rate=0.5", "--output", out)
+    arm = "arms.int4.settings={optimizer: {learning_rate: 0.5}}"
+    result = compare(path, arm, "--output", out)
     assert result.returncode == 2
-    assert "exact/seed_0 was run with other settings (optimizer.learning_rate)" in result.stderr
+    assert "int4/seed_0 was run with other settings (optimizer.learning_rate)" in result.stderr
     result = compare(path, "gradients.batches=9", "--output", out)
     assert result.returncode == 2
     assert "was measured with other settings" in result.stderr
+
+
+def test_the_folder_of_another_study_is_left_alone(study, tmp_path):
+    _, out = study
+    before = (out / "results.json").read_bytes()
+    settings = {"settings": {"warmup": {"steps": 2}}}
+    other = tiny_study.write(
+        tmp_path, arms={"plain": {"recipe": "none"}}, baseline="plain", **settings
+    )
+    with pytest.raises(UserError, match=r"was made with other settings \(settings\.warmup\)"):
+        compare_lib.compare(other, output=out)
+    assert (out / "results.json").read_bytes() == before and not (out / "runs" / "plain").exists()
+
+
+def test_two_processes_in_one_folder_are_refused(tmp_path):
+    path = tiny_study.write(tmp_path)
+    (tmp_path / "out").mkdir()
+    with (
+        filelock.FileLock(tmp_path / "out" / ".lock"),
+        pytest.raises(UserError, match=r"another process is at work in .*/out; wait for it"),
+    ):
+        compare_lib.compare(path, output=tmp_path / "out", minutes=1e-6)
+    compare_lib.compare(path, output=tmp_path / "out", minutes=1e-6)
+
+
+def test_arms_and_only_choose_what_is_done(study, tmp_path, monkeypatch):
+    path, _ = study
+    asked = []
+    monkeypatch.setattr(
+        compare_lib,
+        "_work",
+        lambda todo, *_: asked.append([(u.arm, u.seed, u.trains) for u in todo]),
+    )
+    for arms, only in (((), "gradients"), (["exact"], None), (["int4"], "runs"), (["int4"], None)):
+        compare_lib.compare(path, output=tmp_path / "out", arms=arms, only=only)
+    assert asked == [
+        [("int4", 0, False)],
+        [("exact", 0, True), ("exact", 1, True)],
+        [("int4", 0, True), ("int4", 1, True)],
+        [("int4", 0, False), ("int4", 0, True), ("int4", 1, True)],
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "said"),
+    [
+        ("metrics.jsonl", "", "metrics.jsonl holds no steps; remove the folder"),
+        ("summary.json", "{", "summary.json cannot be read"),
+        ("summary.json", "[]", "summary.json holds no JSON object"),
+        ("summary.json", "{}", "summary.json lacks what came after"),
+        ("failure.json", "?", "failure.json cannot be read"),
+    ],
+)
+def test_damaged_files_are_said_in_one_line(study, tmp_path, name, text, said):
+    path, out = study
+    shutil.copytree(out, tmp_path / "out")
+    (tmp_path / "out" / "runs" / "exact" / "seed_1" / name).write_text(text)
+    with pytest.raises(UserError, match=re.escape(said)) as error:
+        outcomes.write(config_lib.load(path), tmp_path / "out")
+    assert "exact/seed_1" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_folders_beside_the_runs_and_metrics_that_a_run_lacks_do_no_harm(study, tmp_path):
+    path, out = study
+    shutil.copytree(out, tmp_path / "out")
+    runs = tmp_path / "out" / "runs" / "exact"
+    shutil.copytree(runs / "seed_1", runs / "seed_1.before")
+    lines = [{k: v for k, v in row.items() if k != "reward"} for row in rows(runs / "seed_1")]
+    (runs / "seed_1" / "metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
+    found = outcomes.write(config_lib.load(path), tmp_path / "out")
+    assert list(found.runs["exact"]) == [0, 1] and math.isnan(found.runs["exact"][1]["reward"])
 
 
 def test_a_failing_arm_leaves_the_others_alone(tmp_path):
@@ -131,7 +206,8 @@ def test_a_failing_arm_leaves_the_others_alone(tmp_path):
     )
     out = tmp_path / "out"
     result = compare(path, "--output", out, "--arms", "failing,exact")
-    assert result.returncode == 0, result.stderr
+    assert result.returncode == 1, result.stderr
+    assert "failing, seed 0 failed:" in (out / "tables.md").read_text()
     assert "failing, seed 0 failed:" in result.stdout and "absent" in result.stdout
     found = json.loads((out / "results.json").read_text())
     assert "absent" in found["failed"]["failing"]["0"]
@@ -140,10 +216,20 @@ def test_a_failing_arm_leaves_the_others_alone(tmp_path):
 
 def test_a_study_that_is_told_to_leave_goes_on(tmp_path):
     path = tiny_study.write(
-        tmp_path, "seeds=[0]", "settings.train.steps=2000", "settings.train.eval_every=0"
+        tmp_path, "seeds=[0]", "settings.train.steps=400", "settings.train.eval_every=0"
     )
     out = tmp_path / "out"
-    command = [sys.executable, "-m", "ais_jax", "compare", str(path), "--output", str(out)]
+    command = [
+        sys.executable,
+        "-m",
+        "ais_jax",
+        "compare",
+        str(path),
+        "--output",
+        str(out),
+        "--arms",
+        "exact",
+    ]
     process = subprocess.Popen(command, env=environment(), stdout=subprocess.DEVNULL)
     metrics = out / "runs" / "exact" / "seed_0" / "metrics.jsonl"
     deadline = time.monotonic() + 120
@@ -155,7 +241,10 @@ def test_a_study_that_is_told_to_leave_goes_on(tmp_path):
     done = len(rows(metrics.parent))
     assert list((metrics.parent / "checkpoints").iterdir()), "nothing was saved"
     time.sleep(0.5)
-    assert len(rows(metrics.parent)) == done, "a worker is still at it"
+    assert len(rows(metrics.parent)) == done < 400, "a worker is still at it"
+    result = compare(path, "--output", out, "--arms", "exact")
+    assert result.returncode == 0, result.stderr
+    assert [row["step"] for row in rows(metrics.parent)] == list(range(1, 401))
 
 
 def test_nothing_is_begun_once_the_time_is_up(tmp_path):
@@ -183,12 +272,17 @@ def test_nothing_is_begun_once_the_time_is_up(tmp_path):
         ("arms.int4.settings={task: {name: sudoku}}", "several tasks, arithmetic, sudoku"),
         ("gradients={along: [int4], batches: 10, blocks: 4}", "multiple of blocks=4"),
         ("gradients={along: [int4, exat]}", "gradients.along='exat' is no arm"),
+        ("baseline=int4_tis", "baseline='int4_tis' has train: false"),
+        (
+            "gradients={along: [int4]} arms.int4.settings={ais: {dual_clip: 2.0}}",
+            "ais.dual_clip is None in arm exact and 2.0 in int4",
+        ),
     ],
 )
 def test_mistakes_are_said_in_one_line(tmp_path, change, said):
     path = tiny_study.write(tmp_path)
     with pytest.raises(UserError, match=re.escape(said)) as error:
-        config_lib.load(path, [change])
+        config_lib.load(path, re.split(r" (?=arms\.)", change))
     assert "\n" not in str(error.value)
 
 
@@ -283,6 +377,6 @@ def test_a_task_is_judged_by_its_further_measures_as_well(tmp_path):
     assert found.evaluations["exact"][0]["sampled_cell_accuracy"] == {2: 0.8}
     text = (tmp_path / "tables.md").read_text()
     assert "| reward | cell accuracy, sampled − exact | verdict |" in text
-    assert "| -15.0 ± 63.5 | undecided | 0 | 0 |" in text
+    assert "| -15.0 ± 63.5 | undecided | 0.2 | 0 | 0 |" in text
     assert "Held-out cell accuracy, sampled, minus exact by step, points:" in text
     assert "held-out cell accuracy" in (tmp_path / "report.html").read_text()

@@ -18,7 +18,13 @@ from ais_jax.models import Qwen3Config, build
 from ais_jax.sampling import Policy, Rollout, SamplingConfig
 from ais_jax.study import config as config_lib
 from ais_jax.study import gradients
+from ais_jax.train import state as state_lib
 from ais_jax.train import step as step_lib
+from ais_jax.train.metrics import read_metrics
+from ais_jax.train.phases import Phases
+from ais_jax.train.rewards import Rewarder
+from ais_jax.train.run import train
+from ais_jax.train.setup import build_examples, build_run, drop_long
 
 ARMS = {
     "none": PRESETS["none"],
@@ -155,6 +161,12 @@ def test_states_of_a_run_are_measured_once(plan, tmp_path):
         assert exact["severity"] < 1e-5 < 1e-3 < arms["int4"]["severity"]
         assert arms["int4"]["coefficient"] == 0 and arms["int4_tis"]["coefficient"] == 1
         assert 0 < arms["int4_auto"]["coefficient"] < 1
+        pairs = {name: set(arm["against"]) for name, arm in arms.items()}
+        assert pairs["exact"] == set() and pairs["int4_tis"] == {"exact", "int4", "int4_auto"}
+        for x in ("mse", "variance", "efficiency"):
+            ratio = arms["int4_tis"]["against"]["int4"][x][0]
+            if ratio is not None:
+                assert ratio == pytest.approx(arms["int4_tis"][x][0] / arms["int4"][x][0])
     # Calibrated once, at the start.
     assert (
         states[0]["arms"]["int4_auto"]["severity_scale"]
@@ -165,6 +177,24 @@ def test_states_of_a_run_are_measured_once(plan, tmp_path):
     gradients.measure_along(plan, "int4", 0, tmp_path, lambda: None, said.append)
     assert json.loads((tmp_path / "step_2.json").read_text()) == states[1]
     assert (tmp_path / "step_0.json").stat().st_mtime_ns == before
+
+
+def test_the_scale_is_what_the_trainer_finds_for_the_same_run(monkeypatch, tmp_path):
+    monkeypatch.setattr(state_lib, "CALIBRATION_BATCHES", 1)  # after one step the states differ
+    auto = "arms.int4_auto.settings={ais: {severity_scale: auto, severity_factor: 2.0}}"
+    plan = config_lib.load(tiny_study.write(tmp_path, gradients=tiny_study.GRADIENTS), [auto])
+    config = plan.config("int4_auto", 0)
+    train(dataclasses.replace(config, output_dir=str(tmp_path / "run")))
+    first = read_metrics(tmp_path / "run" / "metrics.jsonl")[0]
+    run = build_run(config, tmp_path)
+    examples = drop_long(build_examples(config), run.prompter).train
+    with Rewarder(config.composition, config.grpo.group_size, 60, Phases(), print) as rewarder:
+        judge = functools.partial(rewarder.judge, score=run.prompter.task.score)
+        _, run, state = next(gradients._states(run, examples, judge, 0, lambda: None))
+        group = next(g for g in gradients.group_arms(plan, 0) if "int4_auto" in g.arms)
+        scales = gradients.calibrated(group, state, examples, judge)
+    assert scales[group.arms.index("int4_auto")] == pytest.approx(first["severity_scale"], rel=1e-5)
+    assert first["severity_scale"] == pytest.approx(2 * first["severity"], rel=1e-5)
 
 
 def test_arms_that_differ_in_the_correction_alone_share_their_rollouts(plan):
