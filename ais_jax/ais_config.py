@@ -35,7 +35,7 @@ class AISConfig:
     fixed_alpha: float = _setting(1.0, "alpha of coefficient=fixed: 0 is plain GRPO, 1 is TIS")
     severity_scale: float | str = _setting(
         0.03,
-        "D0 in nats, the mismatch tolerated as exploration; auto lets the trainer calibrate it",
+        "D0 in nats, the mismatch that is tolerated; auto lets the trainer calibrate it",
     )
     severity_factor: float = _setting(
         0.5, "of auto: D0 is this many times the mean severity of the first rollout batches"

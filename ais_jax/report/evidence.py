@@ -19,7 +19,6 @@ from ais_jax.report.style import BLUE, INK, dress
 _PANELS = (
     ("bias2", "Squared bias, in units of |E r|²", False),
     ("variance", "Variance of a batch, times the unquantized", True),
-    ("mse", "Mean squared error, times the unquantized", True),
     ("efficiency", "Efficiency, times the unquantized", True),
     ("cosine", "Cosine of the mean gradient and E r", False),
     ("coefficient", "Coefficient α; crosses: the best constant one", False),
@@ -80,7 +79,7 @@ def over_time(
             ax.fill_between(steps, low, high, color=look["color"], alpha=0.1, lw=0)
         ax.axhline(0, color=INK, lw=1)
         head(ax, f"{what} minus {baseline}, points")
-        frame_column([ax], recipe, "training step")
+        frame_column([ax], recipe, "training step; bands: 95 % intervals")
     return result
 
 
