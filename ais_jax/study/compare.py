@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
+import math
 import os
 import pathlib
 import queue
@@ -216,37 +217,14 @@ def _work(
         waiting.put(unit)
     jobs = min(jobs, len(todo))
     workers = [_Worker(i, _cores(i, jobs), folder) for i in range(jobs)]
-    deadline = None if minutes is None else time.monotonic() + 60 * minutes
+    deadline = math.inf if minutes is None else time.monotonic() + 60 * minutes
     done = total - len(todo)
-    lock = threading.Lock()
-
     with Progress(total, "study", columns=_COLUMNS, initial_step=done) as progress:
-
-        def serve(worker: _Worker) -> None:
-            nonlocal done
-            while not worker.told and (deadline is None or time.monotonic() < deadline):
-                try:
-                    unit = waiting.get_nowait()
-                except queue.Empty:
-                    return
-                began = time.monotonic()
-                answer = worker.ask(unit)
-                if answer is None:
-                    return
-                shown = {"seconds": time.monotonic() - began}
-                what = f"{unit.arm}, seed {unit.seed}"
-                with lock:
-                    done += 1
-                    if "failed" in answer:
-                        progress.message(f"{what} failed: {answer['failed']}")
-                    if "summary" in answer:
-                        shown["accuracy"] = answer["summary"]["after"]["heldout_accuracy"]
-                        progress.message(
-                            f"{what}: {100 * shown['accuracy']:.1f} % in {shown['seconds']:.0f} s"
-                        )
-                    progress.update(done, shown)
-
-        threads = [threading.Thread(target=serve, args=(worker,)) for worker in workers]
+        board = _Board(progress, done)
+        threads = [
+            threading.Thread(target=_serve, args=(worker, waiting, deadline, board))
+            for worker in workers
+        ]
         with _sigterm_as_exit():
             try:
                 for thread in threads:
@@ -262,6 +240,40 @@ def _work(
                     thread.join()
         if not waiting.empty():
             progress.message(f"{waiting.qsize()} parts are left; the same command goes on")
+
+
+class _Board:
+    """Shows what becomes of the units, from any thread."""
+
+    def __init__(self, progress: Progress, done: int):
+        self._progress, self._done, self._lock = progress, done, threading.Lock()
+
+    def add(self, unit: Unit, answer: dict[str, Any], seconds: float) -> None:
+        """One more has ended."""
+        shown, what = {"seconds": seconds}, f"{unit.arm}, seed {unit.seed}"
+        with self._lock:
+            self._done += 1
+            if "failed" in answer:
+                self._progress.message(f"{what} failed: {answer['failed']}")
+            if "summary" in answer:
+                shown["accuracy"] = answer["summary"]["after"]["heldout_accuracy"]
+                text = f"{what}: {100 * shown['accuracy']:.1f} % in {seconds:.0f} s"
+                self._progress.message(text)
+            self._progress.update(self._done, shown)
+
+
+def _serve(worker: _Worker, waiting: queue.SimpleQueue[Unit], deadline: float, board: _Board):
+    """Gives a worker one unit after the other."""
+    while not worker.told and time.monotonic() < deadline:
+        try:
+            unit = waiting.get_nowait()
+        except queue.Empty:
+            return
+        began = time.monotonic()
+        answer = worker.ask(unit)
+        if answer is None:
+            return
+        board.add(unit, answer, time.monotonic() - began)
 
 
 @contextlib.contextmanager
