@@ -112,7 +112,7 @@ def gradients(states: Sequence[Mapping[str, Any]], names: Sequence[str]) -> Figu
             ax.set_xticks(range(len(steps)), [str(step) for step in steps])
             if panel[2]:
                 ax.axhline(1, color=INK, lw=0.8)
-        frame_column(list(axes[:, j]), recipe, "training step of the state")
+        frame_column(list(axes[:, j]), recipe, "training step of the state; bars: 95 % intervals")
     return result
 
 

@@ -33,7 +33,9 @@ def markdown(plan: Plan, found: Outcomes, gradients: Sequence[dict]) -> str:
         parts += [t for recipe in recipes if (t := _pairs(plan, found, recipe))]
         parts += [t for name in plan.evaluations if (t := _over_time(plan, found, name))]
     parts += [
-        t for along in sorted({g["along"] for g in gradients}) for t in _states(gradients, along)
+        table
+        for along, seed in sorted({(g["along"], g["seed"]) for g in gradients})
+        for table in _states(gradients, along, seed, plan.study.baseline)
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -126,35 +128,51 @@ def _over_time(plan: Plan, found: Outcomes, name: str) -> str:
     return f"{note}\n\n{_table(['arm', *(f'step {s}' for s in steps)], rows)}"
 
 
-def _states(gradients: Sequence[dict], along: str) -> Iterable[str]:
-    states = [g for g in gradients if g["along"] == along]
-    for seed in sorted({g["seed"] for g in states}):
-        of_seed = sorted((g for g in states if g["seed"] == seed), key=lambda g: g["step"])
-        names = list(of_seed[0]["arms"])
-        for key, what in (
-            ("efficiency", "efficiency of one batch's gradient"),
-            ("mse", "mean squared error of one batch's gradient"),
-            ("bias2", "squared bias of the gradient"),
-            ("variance", "variance of one batch's gradient"),
-            ("cosine", "cosine of the mean gradient with the unquantized one"),
-            ("coefficient", "mean coefficient α"),
-            ("severity", "severity D, nats"),
-        ):
-            header = ["arm", *(f"step {g['step']}" for g in of_seed)]
-            rows = [[name, *(_value(g["arms"][name][key]) for g in of_seed)] for name in names]
-            relative = (
-                ""
-                if key in ("efficiency", "cosine", "coefficient", "severity")
-                else (", relative to the squared norm of the unquantized gradient")
-            )
-            yield (
-                f"Along {along}, seed {seed}: {what}{relative} "
-                f"({of_seed[0]['batches']} batches a state, 95 % bootstrap interval):\n\n"
-                f"{_table(header, rows)}"
-            )
+def _states(gradients: Sequence[dict], along: str, seed: int, baseline: str) -> Iterable[str]:
+    """Tables of the states of one run: against others in pairs, then each arm alone."""
+    states = [g for g in gradients if (g["along"], g["seed"]) == (along, seed)]
+    states.sort(key=lambda g: g["step"])
+    arms = states[0]["arms"]
+    header = ["arm", *(f"step {g['step']}" for g in states)]
+    first: dict[str, str] = {}
+    for name, arm in arms.items():
+        first.setdefault(arm["recipe"], name)
+    relative = ", relative to the squared norm of the unquantized gradient"
+    shown = [
+        (
+            f"mean squared error of a batch, times that of {baseline}",
+            "mse",
+            dict.fromkeys(arms, baseline),
+        ),
+        (
+            "mean squared error of a batch, times that of the recipe's first arm",
+            "mse",
+            {name: first[arm["recipe"]] for name, arm in arms.items()},
+        ),
+        ("efficiency", "efficiency", None),
+        (f"squared bias{relative}", "bias2", None),
+        (f"variance of a batch{relative}", "variance", None),
+        ("cosine of the mean gradient with the unquantized one", "cosine", None),
+        ("mean coefficient α", "coefficient", None),
+        ("severity D, nats", "severity", None),
+    ]
+    for what, key, others in shown:
+        rows = []
+        for name in arms:
+            found = [g["arms"][name] for g in states]
+            if others is not None:
+                found = [x["against"].get(others[name], {}) for x in found]
+            rows.append([name, *(_value(x.get(key)) for x in found)])
+        note = (
+            f"Along {along}, seed {seed}: {what} ({states[0]['batches']} batches a state, 95 % "
+            "bootstrap intervals over them):"
+        )
+        yield f"{note}\n\n{_table(header, rows)}"
 
 
 def _value(x) -> str:
+    if x is None:
+        return "-"
     if isinstance(x, list):
         if x[0] is None or not math.isfinite(x[0]):
             return "-"
