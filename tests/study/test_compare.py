@@ -105,6 +105,20 @@ def test_page_needs_no_other_file(study):
     assert "<th>verdict</th>" in page and "| verdict |" in (out / "tables.md").read_text()
 
 
+def test_tables_hold_the_gradients_in_pairs_and_the_means_over_steps(study):
+    _, out = study
+    text = (out / "tables.md").read_text()
+    steps = [rows(out / "runs" / "int4" / f"seed_{seed}") for seed in (0, 1)]
+    mean = sum(row["severity"] for of_run in steps for row in of_run) / 8
+    assert f"| int4 | 0 | {mean:.3g} |" in text
+    state = json.loads((out / "gradients" / "int4" / "seed_0" / "step_0.json").read_text())
+    ratio = state["arms"]["int4_tis"]["against"]["int4"]["mse"][0]
+    blocks = text.split("\n\n")
+    (at,) = (i for i, x in enumerate(blocks) if "times that of the recipe's first arm" in x)
+    wanted = "| int4_tis | - |" if ratio is None else f"| int4_tis | {ratio:.3g} ["
+    assert wanted in blocks[at + 1]
+
+
 def test_what_is_done_is_not_run_again(study):
     path, out = study
     before = {p: p.stat().st_mtime_ns for p in out.rglob("*") if p.suffix in (".jsonl", ".yaml")}
