@@ -142,10 +142,11 @@ def _value(state: Mapping[str, Any], name: str, panel: tuple[str, str, bool]) ->
     """(estimate, low, high), NaN where there is none."""
     key, _, relative = panel
     arm = state["arms"][name]
+    against = arm.get("against", {})
     if relative:
         unquantized = [other for other, x in state["arms"].items() if x["recipe"] == "none"]
-        name = next((x for x in (*unquantized, "unquantized") if x in arm["against"]), "")
-        found = arm["against"].get(name, {}).get(key)
+        name = next((x for x in (*unquantized, "unquantized") if x in against), "")
+        found = against.get(name, {}).get(key)
     else:
         found = arm[key]
     values = found if isinstance(found, list) else [found] * 3

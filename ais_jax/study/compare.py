@@ -28,7 +28,6 @@ from ais_jax.study.config import Plan, Study
 from ais_jax.train.display import Column, Progress
 from ais_jax.train.metrics import read_json, write_json
 
-PARTS = ("runs", "gradients")
 _PATIENCE = 120.0  # seconds that a process has to save what it has done
 _COLUMNS = (
     Column("accuracy", "accuracy", lambda x: f"{100 * x:.1f} %"),
@@ -68,7 +67,7 @@ def compare(
       jobs: processes at a time; the cores are shared out among them.
       minutes: begin nothing new after this long.
       arms: train these, and measure gradients along these, alone; none is all.
-      only: one of `PARTS`; None is both.
+      only: "runs" or "gradients"; None is both.
 
     Returns:
       What all runs in the folder have come to.
@@ -109,11 +108,12 @@ def default_folder(path: str | os.PathLike) -> pathlib.Path:
 
 @contextlib.contextmanager
 def _held(folder: pathlib.Path) -> Iterator[None]:
-    """Keeps a second process out of the folder."""
+    """Keeps a second process out of the folder, where its file system knows locks."""
     lock = filelock.FileLock(folder / ".lock")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock.acquire(timeout=0)
+        with contextlib.suppress(NotImplementedError):
+            lock.acquire(timeout=0)
     except filelock.Timeout as error:
         raise UserError(
             f"another process is at work in {folder}; wait for it, or take another --output"

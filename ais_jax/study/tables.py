@@ -161,7 +161,7 @@ def _states(gradients: Sequence[dict], along: str, seed: int, baseline: str) -> 
         for name in arms:
             found = [g["arms"][name] for g in states]
             if others is not None:
-                found = [x["against"].get(others[name], {}) for x in found]
+                found = [x.get("against", {}).get(others[name], {}) for x in found]
             rows.append([name, *(_value(x.get(key)) for x in found)])
         note = (
             f"Along {along}, seed {seed}: {what} ({states[0]['batches']} batches a state, 95 % "
