@@ -86,7 +86,7 @@ def test_matches_the_oracle(name, dtype, batch):
 
     close(result.coefficient, want.coefficient, alpha_tol)
     close(result.weights[batch.mask], omega, largest * (tol + alpha_tol))
-    if omega.any():
+    if omega.sum() > 0.01 * omega.size:  # else omega = 1 + alpha (w - 1) is all rounding
         rounded = (np.asarray(x, np.float32) for x in (batch.old, batch.rollout_logps))
         importance = importance_weights(*rounded, batch.mask, config)
         applied = applied_reliability(importance, want.coefficient)
