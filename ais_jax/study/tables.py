@@ -28,7 +28,8 @@ def markdown(plan: Plan, found: Outcomes, gradients: Sequence[dict]) -> str:
     """All tables: arms, differences within a recipe, gradients."""
     parts = []
     if any(found.runs.values()) or any(found.failed.values()):
-        parts += [_arms(plan, found), *_failures(found), _correction(plan, found)]
+        parts += [_arms(plan, found), *_failures(found)]
+        parts += [_correction(plan, found)] if any(found.runs.values()) else []
         recipes = dict.fromkeys(arm.recipe for arm in plan.arms.values())
         parts += [t for recipe in recipes if (t := _pairs(plan, found, recipe))]
         parts += [t for name in plan.evaluations if (t := _over_time(plan, found, name))]

@@ -21,16 +21,8 @@ PathLike = str | os.PathLike[str]
 _AIS = frozenset(
     (
         *("coefficient", "reliability", "reliability_raw", "reliability_applied"),
-        *(
-            "severity",
-            "severity_scale",
-            "amplification",
-            "cv",
-            "ratio_mean",
-            "ratio_sem",
-            "ratio_max",
-            "ratio_p99",
-        ),
+        *("severity", "severity_scale", "amplification", "cv"),
+        *("ratio_mean", "ratio_sem", "ratio_max", "ratio_p99"),
         *("capped_fraction", "rejected_fraction", "kl_k1", "kl_k3", "mult_error", "skew"),
     )
 )
